@@ -1,0 +1,57 @@
+"""Files that a user gives are read strictly, and files that a run leaves are written whole or not at all."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from latentree.errors import UserError
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML as papermill reads it, but a key that is empty, not text, or there twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            line = f"line {key.start_mark.line + 1}"
+            if not key.value or key.tag != "tag:yaml.org,2002:str":
+                raise UserError(f"{line}: key {key.value!r} is not a name: write `name: value`")
+            if key.value in seen:
+                raise UserError(f"{line}: {key.value} is there twice: keep one line")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path) -> dict:
+    """The mapping in a YAML file."""
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): name a YAML file") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise UserError(f"{path}: line {line} is not YAML: write `name: value`") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds {values!r}, not a mapping: write lines `name: value`, or {{}} for none")
+    return values
+
+
+def read_notebook(path) -> nbformat.NotebookNode:
+    """A notebook file as nbformat's version 4."""
+    try:
+        return nbformat.read(str(path), as_version=4)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): name a notebook file") from None
+    except Exception as error:  # nbformat lets through whatever its readers meet
+        raise UserError(f"{path}: is not a notebook ({type(error).__name__}): name an .ipynb file") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that no reader ever sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

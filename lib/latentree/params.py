@@ -1,0 +1,158 @@
+"""Parameters of a notebook: declared once, in its cell tagged `parameters`, and checked before a kernel starts.
+
+A declaration is one line, `name: type = literal  # meaning, unit`. The same name means the same in every notebook, so
+one table (LIMITS) says which values it can take.
+"""
+
+import ast
+import difflib
+import inspect
+import io
+import tokenize
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
+
+from latentree.errors import UserError
+from latentree.files import read_notebook
+from latentree.files import read_yaml as load  # noqa: F401  a parameter file is any YAML mapping
+
+FORM = "write it as `name: type = literal  # meaning, unit`"
+
+# type as written in the cell: (type that pydantic checks strictly, what to write in the file)
+TYPES = {
+    "int": (int, "a whole number such as 3"),
+    "float": (FiniteFloat, "a number such as 0.5 or 1.0e-3"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text in quotes"),
+    "list[int]": (list[int], "whole numbers such as [0, 1]"),
+    "list[float]": (list[FiniteFloat], "numbers such as [0.5, 1.0]"),
+    "list[str]": (list[str], "texts such as ['a', 'b']"),
+}
+
+
+def one_of(*choices):
+    return choices.__contains__, "one of " + ", ".join(choices)
+
+
+POSITIVE = (lambda value: value > 0, "greater than 0")
+RATE = (lambda value: 0 < value <= 1, "greater than 0 and at most 1")
+
+# name: (predicate, the values it accepts in words)
+LIMITS = {
+    "profile": one_of("smoke", "laptop", "gpu", "paper"),
+    "optimizer": one_of("adamw", "muon"),
+    "schedule": one_of("linear", "cosine"),
+    "device": one_of("auto", "cpu", "cuda"),
+    "out": (lambda folder: folder.strip() != "", "a folder's name"),
+    "seed": (lambda seed: seed >= 0, "0 or more"),
+    "seeds": (
+        lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0,
+        "at least one number, each 0 or more and given once",
+    ),
+    "learning_rate": RATE,
+    "muon_learning_rate": RATE,
+} | dict.fromkeys(
+    "tokens context width layers heads batch_sequences held_out_sequences checkpoints documents".split(), POSITIVE
+)
+
+
+@dataclass
+class Declaration:
+    """One line of the parameters cell."""
+
+    type: str
+    default: object
+    meaning: str
+
+
+def declared(notebook) -> dict[str, Declaration]:
+    """The declarations in the cell of `notebook` (a path) that is tagged `parameters`, by name."""
+    tagged = [cell for cell in read_notebook(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1 or tagged[0].cell_type != "code":
+        raise UserError(f"{notebook}: {len(tagged)} cells are tagged `parameters`: tag exactly one code cell")
+    source = tagged[0].source
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise UserError(f"{notebook}: line {error.lineno} of the parameters cell is not Python: {FORM}") from None
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    found = {}
+    for statement in statements:
+        line = source.splitlines()[statement.lineno - 1].strip()
+        try:
+            name, declaration = declare(statement, line, comments.get(statement.lineno, ""))
+            declaration.default = check_value(name, declaration.default, declaration.type)
+            if name in found:
+                raise UserError(f"{name} is declared twice: keep one line")
+        except UserError as error:
+            raise UserError(f"{notebook}: parameters cell, `{line}`: {error}") from None
+        found[name] = declaration
+    return found
+
+
+def declare(statement: ast.stmt, line: str, meaning: str) -> tuple[str, Declaration]:
+    """Name and declaration of one statement of the parameters cell, whose text is `line`."""
+    named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+    if not named or statement.value is None or statement.lineno != statement.end_lineno or not meaning:
+        raise UserError(FORM)
+    if line.count("=") > 1:
+        raise UserError("papermill does not inspect a line with two `=` signs: keep the first one only")
+    type_name = ast.unparse(statement.annotation)
+    if type_name not in TYPES:
+        raise UserError(f"type {type_name} is not known: choose one of {', '.join(TYPES)}")
+    try:
+        default = ast.literal_eval(statement.value)
+    except ValueError:
+        raise UserError(f"default {ast.unparse(statement.value)} is not a literal: {FORM}") from None
+    return statement.target.id, Declaration(type_name, default, meaning)
+
+
+def check(values: dict, declarations: dict[str, Declaration]) -> dict:
+    """`values`, each of a declared name, of its type and within its limits; whole numbers become floats if asked."""
+    for name in values:
+        if name not in declarations:
+            near = difflib.get_close_matches(str(name), declarations, n=1, cutoff=0)
+            mend = f"did you mean {near[0]}?" if near else "the notebook declares none"
+            raise UserError(f"{name} is not a parameter of this notebook: {mend}")
+    return {name: check_value(name, value, declarations[name].type) for name, value in values.items()}
+
+
+def check_value(name: str, value, type_name: str):
+    """`value` as a `type_name`, if the type is right and LIMITS allows it for this name."""
+    type_, example = TYPES[type_name]
+    try:
+        value = TypeAdapter(type_).validate_python(value, strict=True)
+    except ValidationError:
+        if type_name in ("int", "float") and isinstance(value, str) and (number := as_yaml_number(value, type_name)):
+            raise UserError(f"{name} = {value!r} is read as text, not as {type_name}: write {number}") from None
+        raise UserError(f"{name} = {value!r} is not of type {type_name}: write {example}") from None
+    allowed, words = LIMITS.get(name, (lambda value: True, ""))
+    if not allowed(value):
+        raise UserError(f"{name} = {value!r} is out of range: it must be {words}")
+    return value
+
+
+def as_yaml_number(text: str, type_name: str) -> str:
+    """How to write the number in `text` so that YAML reads a number ('1e-3' needs its point: 1.0e-3), or ''."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    if type_name == "int":
+        return f"{number:.0f}" if number.is_integer() else ""
+    mantissa, e, exponent = text.strip().lower().partition("e")
+    sign = "" if exponent[:1] in ("-", "+", "") else "+"
+    return mantissa + ("" if "." in mantissa or not e else ".0") + e + sign + exponent
+
+
+def validate(namespace: dict) -> SimpleNamespace:
+    """Check the parameters inside the notebook, as `validate(globals())` in the cell after the parameters cell.
+
+    Names and types are the annotations that the parameters cell left; values are the current ones, injected or not.
+    """
+    annotations = {name: inspect.formatannotation(type_) for name, type_ in namespace["__annotations__"].items()}
+    known = {name: Declaration(type_, None, "") for name, type_ in annotations.items() if type_ in TYPES}
+    return SimpleNamespace(**check({name: namespace[name] for name in known}, known))

@@ -1,0 +1,261 @@
+"""Execute one notebook: python -m latentree.run NOTEBOOK --params FILE --out FOLDER [--timeout SECONDS]
+
+Either FOLDER ends with the executed notebook NN_name.ipynb, results/NN.json and an entry in run.json, or with none of
+them: then NN_name.failed.ipynb shows how far it came, one line on standard error says what happened, and the exit code
+says which kind of failure it was. Parameters are checked before a kernel starts.
+
+    python -m latentree.run --folder-of PROFILE     prints the folder of a profile's outputs
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import nbformat
+import psutil
+from filelock import FileLock, Timeout
+
+from latentree.errors import UserError
+from latentree.files import read_notebook, write_text
+from latentree.params import check, declared, load
+from latentree.record import (
+    device, git_state, output_folder, parameters_of, version_of, versions, without_machine, write_record,
+)
+
+BAD_INPUT, CELL_ERROR, DEAD_KERNEL, TIMED_OUT, BUSY, NO_RESULT = 2, 3, 4, 5, 6, 7
+SIGNALLED = 128  # plus the signal's number, as a shell has it
+
+SECONDS_BETWEEN_LOOKS = 0.25
+SECONDS_TO_SAVE = 8  # for papermill to notice that its kernel is gone and save the notebook
+
+
+class Failure(Exception):
+    """A run that started and did not succeed: its exit code, and one line that says what happened."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, follow_parent: bool = False) -> None:
+    """Execute `notebook` with the parameters in `params` into the folder `out`, within `timeout` seconds."""
+    declarations = declared(notebook)
+    if "out" not in declarations:
+        raise UserError(f"{notebook}: declares no `out`: add `out: str = \"outputs\"  # folder` to its parameters cell")
+    try:
+        values = check(load(params), declarations)
+    except UserError as error:
+        raise UserError(f"{params}: {error}".replace(f"{params}: {params}", str(params))) from None
+    profile = values.get("profile", params.resolve().parent.name)
+    version_of(profile)
+    folder = out.resolve()
+    values["out"] = str(folder)
+    with lock(folder, notebook):
+        result = folder / "results" / f"{notebook.stem.split('_')[0]}.json"
+        finished, failed, partial = (
+            folder / name.format(notebook.stem) for name in ("{}.ipynb", "{}.failed.ipynb", ".{}.partial.ipynb")
+        )
+        for stale in (result, finished, partial):
+            stale.unlink(missing_ok=True)
+        entry = git_state() | parameters_of({name: d.default for name, d in declarations.items()} | values, folder)
+        entry |= {"versions": versions(), "device": device(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        start = time.monotonic()
+        try:
+            peak = execute(notebook, partial, values, timeout, follow_parent)
+            judge(partial, result)
+        except Failure as failure:
+            result.unlink(missing_ok=True)
+            publish(partial if readable(partial) else notebook, failed, folder)
+            partial.unlink(missing_ok=True)
+            where = without_machine(str(failed), folder)
+            raise Failure(failure.code, f"{notebook.stem}: {failure}; see {where}") from None
+        entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
+        write_record(folder, profile, notebook.stem, entry)
+        publish(partial, finished, folder)
+        for leftover in (partial, failed):
+            leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, notebook: Path):
+    """Hold the folder for this notebook; a second run is refused at once."""
+    try:
+        (folder / "results").mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / f".{notebook.stem}.lock", blocking=False)
+        held.acquire()
+    except Timeout:
+        raise Failure(BUSY, f"{notebook.stem}: another run is writing to {folder.name}: wait for it or stop it") from None
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror}): name another folder") from None
+    with held:
+        held.release()  # the `with` above counts one more
+        yield
+
+
+def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, follow_parent: bool) -> int:
+    """Let papermill execute the notebook in a child process, with private Jupyter folders; peak memory in bytes."""
+    # The kernel's sockets lie in this folder, and a socket's path is limited to 107 bytes.
+    short = "/tmp" if os.access("/tmp", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="latentree-", dir=short, ignore_cleanup_errors=True) as private:
+        environment = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "JUPYTER_PATH")}
+        environment |= {"IPYTHONDIR": f"{private}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+        environment |= {f"JUPYTER_{kind}_DIR": f"{private}/{kind.lower()}" for kind in ("RUNTIME", "CONFIG", "DATA")}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "latentree.execute"],
+            stdin=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+        )
+        job = {"name": notebook.stem, "notebook": str(notebook.resolve()), "partial": str(partial), "parameters": values}
+        child.stdin.write(json.dumps(job))
+        child.stdin.close()
+        peak = watch(child, timeout, os.getppid() if follow_parent else None)
+    if child.returncode not in (0, CELL_ERROR):
+        cell = last_started(partial)
+        ended = "the kernel died" if child.returncode == DEAD_KERNEL else f"its process ended with code {child.returncode}"
+        raise Failure(DEAD_KERNEL, f"{cell}: {ended} (out of memory?)")
+    return peak
+
+
+def watch(child: subprocess.Popen, timeout: float | None, parent: int | None) -> int:
+    """Wait for the child and sample its memory in bytes; stop it on a time-out, a signal, or its `parent`'s end."""
+    received = []
+    before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    start, peak = time.monotonic(), 0
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(SECONDS_BETWEEN_LOOKS)
+                return peak
+            peak = max(peak, memory(child))
+            if received:
+                raise Failure(SIGNALLED + received[0], f"stopped by {signal.Signals(received[0]).name}")
+            if timeout and time.monotonic() - start > timeout:
+                raise Failure(TIMED_OUT, f"not finished after {timeout:g} seconds: allow more with --timeout")
+            if parent and os.getppid() != parent:
+                raise Failure(SIGNALLED + signal.SIGTERM, "the process that started this run is gone")
+    finally:
+        stop(child)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def family(child: subprocess.Popen) -> list[psutil.Process]:
+    """The child and all processes that it started; empty once it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(child.pid)
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def memory(child: subprocess.Popen) -> int:
+    """Resident memory of the child and all processes that it started, in bytes."""
+    total = 0
+    for process in family(child):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total
+
+
+def stop(child: subprocess.Popen) -> None:
+    """Kill the kernel, so that papermill saves the notebook and ends; kill papermill if it does not."""
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    while child.poll() is None:
+        processes = family(child)
+        for process in processes if time.monotonic() > deadline else processes[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def judge(partial: Path, result: Path) -> None:
+    """Success means: no cell has an error, every cell was executed, and the result was written and holds claims."""
+    cells = code_cells(partial)
+    for cell in cells:
+        for output in cell.outputs:
+            if output.output_type == "error" and (output.ename, output.evalue) not in [("SystemExit", ""), ("SystemExit", "0")]:
+                raise Failure(CELL_ERROR, f"{name_of(cells, cell)}: {output.ename}: {' '.join(output.evalue.split())}")
+    for cell in cells:
+        if cell.execution_count is None or any(output.output_type == "error" for output in cell.outputs):
+            raise Failure(NO_RESULT, f"{name_of(cells, cell)} left the notebook (sys.exit?) or was never reached")
+    try:
+        valid = isinstance(json.loads(result.read_text(encoding="utf-8"))["claims"], list)
+    except (OSError, ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise Failure(NO_RESULT, f"finished without claims in results/{result.name}: end it with write_results")
+
+
+def code_cells(notebook: Path) -> list[nbformat.NotebookNode]:
+    """The code cells that are executed: blank ones are not."""
+    return [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def name_of(cells: list, cell) -> str:
+    """A cell's number among the code cells, as Jupyter counts, and its first line."""
+    return f"cell In [{cells.index(cell) + 1}] `{cell.source.strip().splitlines()[0][:60]}`"
+
+
+def last_started(partial: Path) -> str:
+    """The last cell that papermill started, in words."""
+    cells = code_cells(partial) if readable(partial) else []
+    started = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+    return name_of(cells, started[-1]) if started else "before the first cell"
+
+
+def readable(notebook: Path) -> bool:
+    """Whether papermill left a whole file: its writes are not atomic."""
+    try:
+        return bool(read_notebook(notebook))
+    except UserError:
+        return False
+
+
+def publish(source: Path, target: Path, folder: Path) -> None:
+    """Put an executed notebook in its place, without papermill's paths and without those of this machine."""
+    notebook = read_notebook(source)
+    for private in ("input_path", "output_path", "parameters"):
+        notebook.metadata.get("papermill", {}).pop(private, None)
+    write_text(target, without_machine(nbformat.writes(notebook), folder) + "\n")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see python -m latentree.run --help)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(prog="python -m latentree.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("notebook", type=Path, nargs="?")
+    parser.add_argument("--params", type=Path, help="YAML file with parameters")
+    parser.add_argument("--out", type=Path, help="folder for the executed notebook and what it writes")
+    parser.add_argument("--timeout", type=float, help="seconds that the notebook may take; no limit without it")
+    parser.add_argument("--follow-parent", action="store_true", help="stop when the process that started this one ends")
+    parser.add_argument("--folder-of", metavar="PROFILE", help="print the folder of a profile's outputs and end")
+    try:
+        given = parser.parse_args(arguments)
+        if given.folder_of:
+            print(output_folder(given.folder_of))
+            return 0
+        if not (given.notebook and given.params and given.out):
+            parser.error("NOTEBOOK, --params and --out are all needed")
+        if given.timeout is not None and not given.timeout > 0:
+            parser.error(f"--timeout {given.timeout:g}: give a number of seconds greater than 0")
+        run(given.notebook, given.params, given.out, given.timeout, given.follow_parent)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
