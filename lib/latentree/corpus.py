@@ -99,7 +99,7 @@ class Stream:
         per_row = max(1, round(BLOCK_TOKENS / (self.rows * self.process.mean_document_length)))
         lane = self.first_row + torch.arange(self.rows)
         place = lane[:, None] + (self._next + torch.arange(per_row)) * self.total_rows
-        fresh = self.process.documents(document_id(self.process, place.flatten()), self.device)
+        fresh = self.process.documents(document_id(self.process, place.flatten()), self.device, detail=False)
         packed, lengths = pack(fresh, per_row)
         kept = self._buffer[:, self._used :]
         old = self._lengths - self._used

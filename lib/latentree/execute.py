@@ -5,6 +5,7 @@ It is a process of its own because a kernel's death, a time-out and a stop are t
 
 import ctypes
 import json
+import logging
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ class Progress:
     """A text file for papermill's bar and the kernel's output: whole lines pass, redrawn bars every few seconds."""
 
     def __init__(self, name: str):
-        self.name, self.pending, self.last_bar = name, "", 0.0
+        self.name, self.pending, self.last_bar, self.last_line = name, "", 0.0, ""
 
     def write(self, text: str) -> None:
         *lines, self.pending = (self.pending + text).split("\n")
@@ -34,9 +35,10 @@ class Progress:
             self.pending = ""
 
     def show(self, line: str) -> None:
-        drawn = [piece for piece in line.split("\r") if piece.strip()]
-        if drawn:
-            print(f"{self.name}: {drawn[-1].rstrip()}", flush=True)
+        drawn = [piece.rstrip() for piece in line.split("\r") if piece.strip()]
+        if drawn and drawn[-1] != self.last_line:
+            self.last_line = drawn[-1]
+            print(f"{self.name}: {self.last_line}", flush=True)
 
     def flush(self) -> None:
         """Lines are flushed as they are shown."""
@@ -52,6 +54,7 @@ def end_with_parent() -> None:
 def main() -> int:
     end_with_parent()
     job = json.load(sys.stdin)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the parent says in one line what happened
     progress = Progress(job["name"])
     bar = {"file": progress, "mininterval": 0, "bar_format": "{n_fmt} of {total_fmt} cells, {elapsed}\n"}
     try:

@@ -4,7 +4,7 @@ import torch
 
 from . import counter
 from .errors import UserError
-from .sampler import HELD_OUT, flat_documents
+from .sampler import Documents, position_within
 
 
 class HashedTables:
@@ -30,7 +30,7 @@ class HashedTables:
         self.order_weights = torch.arange(1, len(self.orders) + 1, dtype=torch.float64) ** -1.5
         self._limits = {}
 
-    def documents(self, ids, device="cpu"):
+    def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._limits:
@@ -62,7 +62,7 @@ class HashedTables:
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         place = torch.arange(longest + 1, device=device)
         tokens = torch.where(place < length[:, None], tokens, torch.where(place == length[:, None], self.end, -1))
-        return flat_documents(tokens)
+        return _documents(tokens)
 
 
 class Chain:
@@ -93,7 +93,7 @@ class Chain:
         self._key = counter.mix(torch.tensor(seed))
         self._on = {}
 
-    def documents(self, ids, device="cpu"):
+    def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._on:
@@ -114,7 +114,7 @@ class Chain:
             tokens.append(torch.where(left > 0, token, -1))
             context = context % keep * size + token
             left = left - (token == self.end).long()
-        return flat_documents(torch.stack(tokens, 1))
+        return _documents(torch.stack(tokens, 1))
 
     def losses(self):
         """Exact loss in nats per token of the best predictor that sees n = 0..order last tokens: (order + 1,)."""
@@ -125,6 +125,13 @@ class Chain:
             entropy = -(counts * counts.log()).sum()
             values.append(float(entropy) - sum(values))
         return values
+
+
+def _documents(tokens):
+    """Documents from padded tokens (documents, longest), -1 past the end."""
+    kept = tokens >= 0
+    document = kept.nonzero()[:, 0]
+    return Documents({"tokens": tokens[kept], "document": document, "position": position_within(document)}, len(tokens))
 
 
 def _scaled(draw, count):

@@ -1,8 +1,4 @@
-"""Parameters of a notebook: declared once, in its cell tagged `parameters`, and checked before a kernel starts.
-
-A declaration is one line, `name: type = literal  # meaning, unit`. The same name means the same in every notebook, so
-one table (LIMITS) says which values it can take.
-"""
+"""Parameters of a notebook: declared once, in its cell tagged `parameters`, and checked before a kernel starts."""
 
 import ast
 import difflib
@@ -15,10 +11,11 @@ from types import SimpleNamespace
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from latentree.errors import UserError
-from latentree.files import read_notebook
-from latentree.files import read_yaml as load  # noqa: F401  a parameter file is any YAML mapping
+from latentree.files import read_notebook, read_yaml
 
 FORM = "write it as `name: type = literal  # meaning, unit`"
+
+load = read_yaml  # a parameter file is any YAML mapping; `check` says whether it suits a notebook
 
 # type as written in the cell: (type that pydantic checks strictly, what to write in the file)
 TYPES = {
@@ -31,31 +28,26 @@ TYPES = {
     "list[str]": (list[str], "texts such as ['a', 'b']"),
 }
 
-
-def one_of(*choices):
-    return choices.__contains__, "one of " + ", ".join(choices)
-
-
+CHOICES = {
+    "profile": ["smoke", "laptop", "gpu", "paper"],
+    "optimizer": ["adamw", "muon"],
+    "schedule": ["linear", "cosine"],
+    "device": ["auto", "cpu", "cuda"],
+}
 POSITIVE = (lambda value: value > 0, "greater than 0")
 RATE = (lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 
-# name: (predicate, the values it accepts in words)
+# The same name means the same in every notebook. name: (predicate, the values it accepts in words)
 LIMITS = {
-    "profile": one_of("smoke", "laptop", "gpu", "paper"),
-    "optimizer": one_of("adamw", "muon"),
-    "schedule": one_of("linear", "cosine"),
-    "device": one_of("auto", "cpu", "cuda"),
     "out": (lambda folder: folder.strip() != "", "a folder's name"),
     "seed": (lambda seed: seed >= 0, "0 or more"),
-    "seeds": (
-        lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0,
-        "at least one number, each 0 or more and given once",
-    ),
+    "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0, "one or more, distinct, none below 0"),
     "learning_rate": RATE,
     "muon_learning_rate": RATE,
-} | dict.fromkeys(
-    "tokens context width layers heads batch_sequences held_out_sequences checkpoints documents".split(), POSITIVE
-)
+}
+LIMITS |= {name: (choices.__contains__, "one of " + ", ".join(choices)) for name, choices in CHOICES.items()}
+for name in "tokens context width layers heads batch_sequences held_out_sequences checkpoints documents".split():
+    LIMITS[name] = POSITIVE
 
 
 @dataclass
@@ -79,12 +71,11 @@ def declared(notebook) -> dict[str, Declaration]:
         raise UserError(f"{notebook}: line {error.lineno} of the parameters cell is not Python: {FORM}") from None
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    found = {}
+    found, lines = {}, source.splitlines()
     for statement in statements:
-        line = source.splitlines()[statement.lineno - 1].strip()
+        line = lines[statement.lineno - 1].strip()
         try:
             name, declaration = declare(statement, line, comments.get(statement.lineno, ""))
-            declaration.default = check_value(name, declaration.default, declaration.type)
             if name in found:
                 raise UserError(f"{name} is declared twice: keep one line")
         except UserError as error:
@@ -107,7 +98,8 @@ def declare(statement: ast.stmt, line: str, meaning: str) -> tuple[str, Declarat
         default = ast.literal_eval(statement.value)
     except ValueError:
         raise UserError(f"default {ast.unparse(statement.value)} is not a literal: {FORM}") from None
-    return statement.target.id, Declaration(type_name, default, meaning)
+    name = statement.target.id
+    return name, Declaration(type_name, check_value(name, default, type_name), meaning)
 
 
 def check(values: dict, declarations: dict[str, Declaration]) -> dict:
@@ -126,7 +118,7 @@ def check_value(name: str, value, type_name: str):
     try:
         value = TypeAdapter(type_).validate_python(value, strict=True)
     except ValidationError:
-        if type_name in ("int", "float") and isinstance(value, str) and (number := as_yaml_number(value, type_name)):
+        if isinstance(value, str) and (number := as_yaml_number(value, type_name)):
             raise UserError(f"{name} = {value!r} is read as text, not as {type_name}: write {number}") from None
         raise UserError(f"{name} = {value!r} is not of type {type_name}: write {example}") from None
     allowed, words = LIMITS.get(name, (lambda value: True, ""))
@@ -141,8 +133,8 @@ def as_yaml_number(text: str, type_name: str) -> str:
         number = float(text)
     except ValueError:
         return ""
-    if type_name == "int":
-        return f"{number:.0f}" if number.is_integer() else ""
+    if type_name != "float":
+        return f"{number:.0f}" if type_name == "int" and number.is_integer() else ""
     mantissa, e, exponent = text.strip().lower().partition("e")
     sign = "" if exponent[:1] in ("-", "+", "") else "+"
     return mantissa + ("" if "." in mantissa or not e else ".0") + e + sign + exponent
@@ -153,6 +145,6 @@ def validate(namespace: dict) -> SimpleNamespace:
 
     Names and types are the annotations that the parameters cell left; values are the current ones, injected or not.
     """
-    annotations = {name: inspect.formatannotation(type_) for name, type_ in namespace["__annotations__"].items()}
-    known = {name: Declaration(type_, None, "") for name, type_ in annotations.items() if type_ in TYPES}
+    types = {name: inspect.formatannotation(type_) for name, type_ in namespace.get("__annotations__", {}).items()}
+    known = {name: Declaration(type_, None, "") for name, type_ in types.items() if type_ in TYPES}
     return SimpleNamespace(**check({name: namespace[name] for name in known}, known))

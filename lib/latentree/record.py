@@ -13,7 +13,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock
+import filelock
 
 import latentree
 from latentree.errors import UserError
@@ -47,19 +47,27 @@ def output_folder(profile: str) -> Path:
     return Path("outputs") / f"{profile}-{version_of(profile)}"
 
 
-def without_machine(text: str, folder: Path) -> str:
-    """`text` with this machine's paths told from the project's root, and the home folder as ~.
+def without_machine(value, folder: Path):
+    """`value` with this machine's paths in all its texts told from the project's root, and the home folder as ~.
 
-    An output folder outside the project becomes `.`; letters around a path keep it from being part of a longer name.
+    An output folder outside the project becomes the place where everything is, `.`.
     """
-    root, home = project_root(), Path.home()
+    if isinstance(value, dict):
+        return {key: without_machine(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine(item, folder) for item in value]
+    if not isinstance(value, str):
+        return value
+    root = project_root()
     inside = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else "."
-    for path, name in [(folder, inside), (root, "."), (home, "~")]:
+    packages = Path(filelock.__file__).parents[1]
+    for path, name in [(folder, inside), (root, "."), (packages, packages.name), (Path.home(), "~")]:
         if len(path.parts) > 1:
-            if name == ".":
-                text = re.sub(rf"(?<![\w/.]){re.escape(str(path))}/", "", text)
-            text = re.sub(rf"(?<![\w/.]){re.escape(str(path))}(?![\w.-])", name, text)
-    return text
+            # not inside a longer path, but right after a terminal colour (ESC[32m) as in a traceback
+            path = rf"(?:(?<=\dm)|(?<![\w.~-])){re.escape(str(path))}"
+            value = re.sub(rf"{path}/", "", value) if name == "." else value
+            value = re.sub(rf"{path}(?![\w.-])", name, value)
+    return value
 
 
 def git_state() -> dict:
@@ -102,17 +110,17 @@ def device() -> dict:
 
 def parameters_of(values: dict, folder: Path) -> dict:
     """What run.json says about the parameters: values without `out`, their hash, and the seeds."""
-    shown = json.loads(without_machine(json.dumps({k: v for k, v in values.items() if k != "out"}), folder))
+    shown = without_machine({name: value for name, value in values.items() if name != "out"}, folder)
     digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
     seeds = values.get("seeds", [values["seed"]] if "seed" in values else [])
     return {"parameters": shown, "parameters_sha256": digest, "seeds": seeds}
 
 
-def write_record(folder: Path, profile: str, notebook: str, entry: dict) -> None:
+def write_record(folder: Path, profile: str, version: str, notebook: str, entry: dict) -> None:
     """Put the entry of one notebook into FOLDER/run.json; notebooks that finish together wait for each other."""
     file = folder / "run.json"
-    with FileLock(folder / ".run.lock"):
+    with filelock.FileLock(folder / ".run.lock"):
         record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         notebooks = record.get("notebooks", {}) | {notebook: entry}
-        record = {"version": version_of(profile), "profile": profile, "notebooks": dict(sorted(notebooks.items()))}
+        record = {"version": version, "profile": profile, "notebooks": dict(sorted(notebooks.items()))}
         write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -50,12 +50,13 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
     declarations = declared(notebook)
     if "out" not in declarations:
         raise UserError(f"{notebook}: declares no `out`: add `out: str = \"outputs\"  # folder` to its parameters cell")
+    values = load(params)
     try:
-        values = check(load(params), declarations)
+        values = check(values, declarations)
     except UserError as error:
-        raise UserError(f"{params}: {error}".replace(f"{params}: {params}", str(params))) from None
+        raise UserError(f"{params}: {error}") from None
     profile = values.get("profile", params.resolve().parent.name)
-    version_of(profile)
+    version = version_of(profile)
     folder = out.resolve()
     values["out"] = str(folder)
     with lock(folder, notebook):
@@ -78,7 +79,7 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
             where = without_machine(str(failed), folder)
             raise Failure(failure.code, f"{notebook.stem}: {failure}; see {where}") from None
         entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
-        write_record(folder, profile, notebook.stem, entry)
+        write_record(folder, profile, version, notebook.stem, entry)
         publish(partial, finished, folder)
         for leftover in (partial, failed):
             leftover.unlink(missing_ok=True)
@@ -87,17 +88,18 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
 @contextlib.contextmanager
 def lock(folder: Path, notebook: Path):
     """Hold the folder for this notebook; a second run is refused at once."""
+    held = FileLock(folder / f".{notebook.stem}.lock")
     try:
         (folder / "results").mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / f".{notebook.stem}.lock", blocking=False)
-        held.acquire()
+        held.acquire(timeout=0)
     except Timeout:
         raise Failure(BUSY, f"{notebook.stem}: another run is writing to {folder.name}: wait for it or stop it") from None
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror}): name another folder") from None
-    with held:
-        held.release()  # the `with` above counts one more
+    try:
         yield
+    finally:
+        held.release()
 
 
 def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, follow_parent: bool) -> int:
@@ -176,14 +178,12 @@ def stop(child: subprocess.Popen) -> None:
 
 def judge(partial: Path, result: Path) -> None:
     """Success means: no cell has an error, every cell was executed, and the result was written and holds claims."""
-    cells = code_cells(partial)
-    for cell in cells:
-        for output in cell.outputs:
-            if output.output_type == "error" and (output.ename, output.evalue) not in [("SystemExit", ""), ("SystemExit", "0")]:
-                raise Failure(CELL_ERROR, f"{name_of(cells, cell)}: {output.ename}: {' '.join(output.evalue.split())}")
-    for cell in cells:
-        if cell.execution_count is None or any(output.output_type == "error" for output in cell.outputs):
-            raise Failure(NO_RESULT, f"{name_of(cells, cell)} left the notebook (sys.exit?) or was never reached")
+    for name, cell in code_cells(partial):
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        if cell.execution_count is None or any(e.ename == "SystemExit" and e.evalue in ("", "0") for e in errors):
+            raise Failure(NO_RESULT, f"{name}: the notebook ended here (sys.exit?) and not with its last cell")
+        if errors:
+            raise Failure(CELL_ERROR, f"{name}: {errors[0].ename}: {' '.join(errors[0].evalue.split())}")
     try:
         valid = isinstance(json.loads(result.read_text(encoding="utf-8"))["claims"], list)
     except (OSError, ValueError, KeyError, TypeError):
@@ -192,21 +192,17 @@ def judge(partial: Path, result: Path) -> None:
         raise Failure(NO_RESULT, f"finished without claims in results/{result.name}: end it with write_results")
 
 
-def code_cells(notebook: Path) -> list[nbformat.NotebookNode]:
-    """The code cells that are executed: blank ones are not."""
-    return [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code" and cell.source.strip()]
-
-
-def name_of(cells: list, cell) -> str:
-    """A cell's number among the code cells, as Jupyter counts, and its first line."""
-    return f"cell In [{cells.index(cell) + 1}] `{cell.source.strip().splitlines()[0][:60]}`"
+def code_cells(notebook: Path) -> list[tuple[str, nbformat.NotebookNode]]:
+    """The code cells that are executed (blank ones are not), each named by its number in Jupyter and its first line."""
+    cells = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code" and cell.source.strip()]
+    return [(f"In [{i}] `{cell.source.strip().splitlines()[0][:60]}`", cell) for i, cell in enumerate(cells, start=1)]
 
 
 def last_started(partial: Path) -> str:
-    """The last cell that papermill started, in words."""
+    """The last cell that papermill started, by name."""
     cells = code_cells(partial) if readable(partial) else []
-    started = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
-    return name_of(cells, started[-1]) if started else "before the first cell"
+    started = [name for name, cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+    return started[-1] if started else "before the first cell"
 
 
 def readable(notebook: Path) -> bool:
@@ -219,10 +215,10 @@ def readable(notebook: Path) -> bool:
 
 def publish(source: Path, target: Path, folder: Path) -> None:
     """Put an executed notebook in its place, without papermill's paths and without those of this machine."""
-    notebook = read_notebook(source)
+    notebook = without_machine(read_notebook(source), folder)
     for private in ("input_path", "output_path", "parameters"):
-        notebook.metadata.get("papermill", {}).pop(private, None)
-    write_text(target, without_machine(nbformat.writes(notebook), folder) + "\n")
+        notebook["metadata"].get("papermill", {}).pop(private, None)
+    write_text(target, nbformat.writes(nbformat.from_dict(notebook)) + "\n")
 
 
 class Parser(argparse.ArgumentParser):

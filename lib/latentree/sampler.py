@@ -6,6 +6,7 @@ sentence, a rank for each word, and last the maps that turn ranks into tokens. E
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from . import counter
@@ -20,9 +21,9 @@ class Documents:
     """Documents laid end to end: one entry per token in the fields of `token`, int64 (tokens,) each.
 
     `token`: tokens; document (index into the ids asked for), position (in the document), and, from a grammar, role,
-    rank, binds_to (how many tokens back or ahead the word it follows stands, 0: free), sentence, paragraph, section
-    (numbered within the document), shape (index into `shapes`), unit (row of `maps`).
-    `maps[role]` (units, size): the token of each rank; `habits[child]` (units, parent size): the child rank that
+    rank, sentence, paragraph, section (numbered within the document), place (in the sentence), shape (index into
+    `shapes`), unit (row of `maps` and `habits`).
+    `maps[role]` (units or 1, size): the token of each rank; `habits[child]` (units, parent size): the child rank that
     each parent rank calls for.
     """
 
@@ -38,13 +39,10 @@ class Documents:
         return self.token["tokens"]
 
 
-def flat_documents(tokens, fields=(), **rest):
-    """Documents from padded (documents, longest) arrays: every field keeps the places where tokens >= 0."""
-    kept = tokens >= 0
-    document = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-    position = kept.cumsum(-1) - 1
-    named = {"tokens": tokens, "document": document, "position": position, **dict(fields)}
-    return Documents({name: value.expand_as(tokens)[kept] for name, value in named.items()}, len(tokens), **rest)
+def position_within(group):
+    """0, 1, 2, ... within each run of equal numbers of a sorted tensor (n,)."""
+    counts = torch.bincount(group)
+    return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
 
 
 class GrammarProcess:
@@ -57,125 +55,131 @@ class GrammarProcess:
         self.repetitions = grammar.file.repetitions
         self.held_out_limit = grammar.file.exclude_held_out or None
         self._key = counter.mix(torch.tensor(seed))
+        self._starts = (grammar.sizes.cumsum() - grammar.sizes).tolist()
         self._limits, self._tables = {}, {}  # per device
         self._shapes = list(grammar.shapes or [])
         self._shape_number = {}  # production choices -> index in _shapes, for grammars whose shapes are not enumerated
         self._excluded = None
 
-    def documents(self, ids, device="cpu"):
-        """Documents by number. `ids` (documents,) integers >= 0; from HELD_OUT on they are held out."""
+    def documents(self, ids, device="cpu", detail=True):
+        """Documents by number. `ids` (documents,) integers >= 0; from HELD_OUT on they are held out.
+
+        Without `detail` only the fields tokens and document are filled.
+        """
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if len(ids) == 0 or ids.min() < 0:
             raise UserError(f"{self.name}: document ids {ids.tolist()[:3]} are not documents; ask for at least one id >= 0")
-        shape, grammar = self.grammar.file.document, self.grammar
-        per_document = shape.per_document("sentence")
+        layout, grammar = self.grammar.file.document, self.grammar
+        per_document = layout.per_document("sentence")
         document_key = counter.subkey(self._key.to(device), ids)
-        maps, habits, units = self._latents(ids, document_key)
-        sentence = torch.arange(per_document, device=device)
-        sentence_key = counter.subkey(counter.subkey(document_key, 1)[:, None], sentence).flatten()
-        unit = (torch.arange(len(ids) * per_document, device=device) * units) // (len(ids) * per_document)
-
-        fields = self._sentences(sentence_key, unit, maps, habits)
+        latents = self._latents(ids, document_key)
+        number = torch.arange(len(ids) * per_document, device=device)
+        key = counter.subkey(counter.subkey(document_key, 1)[:, None], number[:per_document]).flatten()
+        unit = number * len(latents["maps"]) // len(number)
         if grammar.file.exclude_held_out and bool((ids < HELD_OUT).any()):
-            training = (ids < HELD_OUT).repeat_interleave(per_document)
-            self._redraw_excluded(fields, training, sentence_key, unit, maps, habits)
-        sentence = sentence[:, None]
-        fields = {name: value.reshape(len(ids), -1) for name, value in fields.items()}
-        numbers = {"sentence": sentence, "paragraph": sentence // shape.sentences,
-                   "section": sentence // (shape.sentences * shape.paragraphs)}
-        longest = fields["tokens"].shape[1] // per_document
-        for name, number in numbers.items():
-            fields[name] = number.expand(per_document, longest).reshape(1, -1)
-        return flat_documents(fields.pop("tokens"), fields, shapes=self._shapes, maps=maps, habits=habits)
+            key = self._avoid_held_out(key, unit, latents, (ids < HELD_OUT).repeat_interleave(per_document))
+
+        fields = self._sentences(key, unit, latents)
+        sentence = fields["sentence"]
+        fields["document"] = sentence // per_document
+        if not detail:
+            return Documents({name: fields[name] for name in ("tokens", "document")}, len(ids))
+        fields["position"] = position_within(fields["document"])
+        fields["sentence"] = sentence % per_document
+        fields["paragraph"] = fields["sentence"] // layout.sentences
+        fields["section"] = fields["paragraph"] // layout.paragraphs
+        fields["unit"] = unit[sentence]
+        maps = {role: latents["maps"][:, start : start + size]
+                for role, start, size in zip(grammar.roles, self._starts, grammar.sizes.tolist())}
+        return Documents(fields, len(ids), self._shapes, maps, latents["habits"])
 
     # ------------------------------------------------------------------ latents
 
     def _latents(self, ids, document_key):
-        """Maps and habits of every unit of the finest level that redraws, and the number of those units."""
-        grammar, device = self.grammar, ids.device
-        file, roles = grammar.file, grammar.roles
-        maps = {role: torch.as_tensor(grammar.words[r], device=device)[None] for r, role in enumerate(roles)}
+        """Maps (units, all words) and habits {child: (units, parents)} of every unit of the finest level that redraws."""
+        grammar, device, file = self.grammar, ids.device, self.grammar.file
+        maps = torch.as_tensor(np.concatenate(grammar.words), device=device)[None]
         habits = {}
         corpus_key = counter.subkey(self._key.to(device), -1)[None]
         if file.binding > 0:
-            for child in file.habits:
-                habits[child] = self._draw_habits(child, counter.subkey(corpus_key, 2))
+            habits = {child: self._draw_habits(child, counter.subkey(corpus_key, 2)) for child in file.habits}
         training = ids < HELD_OUT
         group = torch.where(training, ids // file.repetitions, HELD_OUT + (ids - HELD_OUT) // file.repetitions)
-        level_key = {"corpus": corpus_key, "document": counter.subkey(counter.subkey(self._key.to(device), -2), group)}
-        units = 1
         for depth, level in enumerate(LEVELS):
             share = file.redraw.get(level, 0.0)
             if share == 0:
                 continue
-            if level in level_key:
-                key = level_key[level]
+            if level == "corpus":
+                key = corpus_key
+            elif level == "document":
+                key = counter.subkey(counter.subkey(self._key.to(device), -2), group)
             else:
                 number = torch.arange(file.document.per_document(level), device=device)
                 key = counter.subkey(counter.subkey(document_key, depth)[:, None], number).flatten()
-            repeat = len(key) // units
-            units = len(key)
-            for r, role in enumerate(roles):
+            repeat = len(key) // len(maps)
+            maps = maps.repeat_interleave(repeat, 0)
+            for r, (start, size) in enumerate(zip(self._starts, grammar.sizes.tolist())):
                 if grammar.role_specs[r].has_map:
-                    maps[role] = maps[role].repeat_interleave(repeat, 0)
-                    order = counter.shuffled(counter.subkey(key, r), grammar.sizes[r])[:, : round(share * grammar.sizes[r])]
-                    maps[role] = maps[role].scatter(1, order.sort(-1).values, maps[role].gather(1, order))
+                    chosen = counter.shuffled(counter.subkey(key, r), size)[:, : round(share * size)]
+                    _permute(maps[:, start : start + size], chosen)
             for c, child in enumerate(habits):
                 fresh = self._draw_habits(child, counter.subkey(key, 1000 + c))
                 size = fresh.shape[1]
                 chosen = counter.shuffled(counter.subkey(key, 2000 + c), size)[:, : round(share * size)]
                 habits[child] = habits[child].repeat_interleave(repeat, 0).scatter(1, chosen, fresh.gather(1, chosen))
-        return maps, habits, units
+        return {"maps": maps, "habits": habits}
 
     def _draw_habits(self, child, key):
         """For each key and each rank of the child's parent, a child rank from the child's own Zipf law."""
-        roles = self.grammar.roles
-        size = int(self.grammar.sizes[roles.index(self.grammar.file.habits[child])])
-        keys = counter.subkey(counter.subkey(key, roles.index(child))[:, None], torch.arange(size, device=key.device))
-        return counter.draw(self._rank_limits(key.device)[roles.index(child)], keys)
+        r, parent = self.grammar.roles.index(child), self.grammar.roles.index(self.grammar.file.habits[child])
+        places = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
+        return self._draw_ranks(torch.tensor(r, device=key.device), counter.subkey(counter.subkey(key, r)[:, None], places))
 
     # ------------------------------------------------------------------ sentences
 
-    def _sentences(self, key, unit, maps, habits):
-        """Sample one sentence for each key: padded (sentences, longest) fields, tokens -1 past the end."""
+    def _sentences(self, key, unit, latents):
+        """One sentence for each key, laid end to end: fields tokens, role, rank, sentence, place, shape, (tokens,) each."""
         grammar = self.grammar
         shape = self._draw_shapes(counter.subkey(key, 0))
-        roles, bindings = self._shape_tables(key.device)
-        role, binds_to = roles[shape], bindings[shape]
-        place = torch.arange(role.shape[1], device=key.device)
-        word_key = counter.subkey(key[:, None], place + 1)
-        rank, tokens = torch.zeros_like(role), torch.full_like(role, -1)
-        for r, limits in enumerate(self._rank_limits(key.device)):
-            if len(limits) > 1:
-                here = role == r
-                rank[here] = counter.draw(limits, word_key[here])
-        if habits:
+        roles, bindings, lengths = self._shape_tables(key.device)  # shapes met for the first time are in them now
+        length = lengths[shape]
+        sentence = torch.arange(len(key), device=key.device).repeat_interleave(length)
+        starts = length.cumsum(0) - length
+        place = torch.arange(len(sentence), device=key.device) - starts[sentence]
+        cell = shape[sentence] * roles.shape[1] + place
+        role, binds_to = roles.flatten()[cell], bindings.flatten()[cell]
+        word_key = counter.subkey(key[sentence], place + 1)
+        rank = self._draw_ranks(role, word_key)
+        if latents["habits"]:
             follows = (binds_to >= 0) & (counter.uniform(word_key + 1) < int(grammar.file.binding * 2**counter.BITS))
             for child in grammar.parents_first:
-                sentence, position = (follows & (role == grammar.roles.index(child))).nonzero(as_tuple=True)
-                parent_rank = rank[sentence, binds_to[sentence, position]]
-                rank[sentence, position] = habits[child][unit[sentence], parent_rank]
-        for r, name in enumerate(grammar.roles):
-            sentence, position = (role == r).nonzero(as_tuple=True)
-            row = unit[sentence] if len(maps[name]) > 1 else 0
-            tokens[sentence, position] = maps[name][row, rank[sentence, position]]
-        return {"tokens": tokens, "role": role, "rank": rank, "shape": shape[:, None].expand_as(role),
-                "binds_to": torch.where(binds_to >= 0, binds_to - place, 0), "unit": unit[:, None].expand_as(role)}
+                at = (follows & (role == grammar.roles.index(child))).nonzero()[:, 0]
+                parent_rank = rank[starts[sentence[at]] + binds_to[at]]
+                rank[at] = latents["habits"][child][unit[sentence[at]], parent_rank]
+        maps = latents["maps"]
+        tokens = maps.flatten()[unit[sentence] * maps.shape[1] + self._on(key.device)[1][role] + rank]
+        return {"tokens": tokens, "role": role, "rank": rank, "sentence": sentence, "place": place, "shape": shape[sentence]}
 
-    def _rank_limits(self, device):
+    def _on(self, device):
+        """On `device`: thresholds of all roles' Zipf laws one after the other, and where each role's words start."""
         if device not in self._limits:
-            self._limits[device] = [counter.thresholds(f).to(device) for f in self.grammar.frequencies]
+            limits = [counter.thresholds(f) + (r << counter.BITS) for r, f in enumerate(self.grammar.frequencies)]
+            self._limits[device] = (torch.cat(limits).to(device), torch.as_tensor(self._starts, device=device))
         return self._limits[device]
 
+    def _draw_ranks(self, role, key):
+        """A rank from the Zipf law of each role (integers that broadcast with the keys)."""
+        limits, starts = self._on(key.device)
+        return torch.searchsorted(limits, counter.uniform(key) + (role << counter.BITS), right=True) - starts[role]
+
     def _shape_tables(self, device):
-        """Role and binding of each position of each known shape: (shapes, longest), -1 past the end."""
+        """Role and binding of each position of each known shape, (shapes, longest), -1 past the end; lengths (shapes,)."""
         if device not in self._tables or len(self._tables[device][0]) != len(self._shapes):
-            role = {name: r for r, name in enumerate(self.grammar.roles)}
-            rows = [([role[name] for name in s.roles], s.binds_to) for s in self._shapes]
-            longest = max(len(roles) for roles, _ in rows)
-            self._tables[device] = tuple(
-                torch.tensor([[*row[part], *[-1] * (longest - len(row[part]))] for row in rows], device=device)
-                for part in (0, 1))
+            number = {name: r for r, name in enumerate(self.grammar.roles)}
+            lengths = [len(s.roles) for s in self._shapes] or [1]
+            rows = [[number[name] for name in s.roles] for s in self._shapes], [s.binds_to for s in self._shapes]
+            padded = [[[*row, *[-1] * (max(lengths) - len(row))] for row in part] or [[-1]] for part in rows]
+            self._tables[device] = tuple(torch.tensor(part, device=device) for part in (*padded, lengths))
         return self._tables[device]
 
     def _draw_shapes(self, key):
@@ -222,37 +226,36 @@ class GrammarProcess:
 
     # ------------------------------------------------------------------ sentences kept for evaluation
 
-    def _redraw_excluded(self, fields, training, key, unit, maps, habits):
-        """Redraw, in place, every training sentence that occurs in one of the first held-out documents."""
-        attempt = 0
-        again = (training & torch.isin(_fingerprint(fields["tokens"]), self._held_out_sentences(key.device))).nonzero()[:, 0]
-        while len(again):
-            attempt += 1
-            if attempt > 1000:
-                raise UserError(f"grammar {self.name}: exclude_held_out is {self.grammar.file.exclude_held_out} and leaves "
-                                "no sentence to train on; set it to 0 or use more words")
-            fresh = self._sentences(counter.subkey(key[again], -attempt), unit[again], maps, habits)
-            for name, value in fresh.items():
-                wider = value.shape[1] - fields[name].shape[1]
-                if wider > 0:
-                    fields[name] = torch.nn.functional.pad(fields[name], (0, wider), value=-1)
-                fields[name] = fields[name].clone()
-                fields[name][again] = value
-            again = again[torch.isin(_fingerprint(fresh["tokens"]), self._held_out_sentences(key.device))]
+    def _avoid_held_out(self, key, unit, latents, training):
+        """Keys under which no training sentence occurs in one of the first held-out documents: theirs, or redrawn ones."""
+        key, again = key.clone(), training.nonzero()[:, 0]
+        for attempt in range(1000):
+            fields = self._sentences(key[again], unit[again], latents)
+            again = again[torch.isin(_fingerprints(fields), self._held_out_sentences(key.device))]
+            if len(again) == 0:
+                return key
+            key[again] = counter.subkey(key[again], -1)
+        raise UserError(f"grammar {self.name}: exclude_held_out is {self.grammar.file.exclude_held_out} and leaves no "
+                        "sentence to train on; set it to 0 or use more words")
 
     def _held_out_sentences(self, device):
         if self._excluded is None:
-            ids = HELD_OUT + torch.arange(self.grammar.file.exclude_held_out)
-            tokens = self.documents(ids).tokens
-            starts = torch.cat([torch.zeros(1, dtype=torch.int64), (tokens == self.end).nonzero()[:-1, 0] + 1])
-            lengths = torch.diff(starts, append=torch.tensor([len(tokens)]))
-            padded = torch.full((len(starts), int(lengths.max())), -1)
-            padded[torch.arange(padded.shape[1]) < lengths[:, None]] = tokens
-            self._excluded = _fingerprint(padded).unique()
+            documents = self.documents(HELD_OUT + torch.arange(self.grammar.file.exclude_held_out))
+            fields = dict(documents.token)
+            fields["sentence"] = (fields["place"] == 0).cumsum(0) - 1
+            self._excluded = _fingerprints(fields).unique()
         return self._excluded.to(device)
 
 
-def _fingerprint(tokens):
-    """A 64-bit hash of each row's tokens (rows, longest) in their order; padding (-1) counts for nothing."""
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    return torch.where(tokens >= 0, counter.mix(tokens * counter.GOLDEN + place + 1), 0).sum(-1)
+def _permute(rows, chosen):
+    """Permute, in place, the entries of rows (n, size) at places `chosen` (n, count, in random order) among themselves."""
+    places = chosen if chosen.shape == rows.shape else chosen.sort(-1).values
+    values = rows.gather(1, chosen)
+    rows.copy_(values) if places is chosen else rows.scatter_(1, places, values)
+
+
+def _fingerprints(fields):
+    """A 64-bit hash of each sentence's tokens in their order."""
+    hashed = counter.mix(fields["tokens"] * counter.GOLDEN + fields["place"] + 1)
+    return torch.zeros(int(fields["sentence"][-1]) + 1, dtype=torch.int64, device=hashed.device).index_add_(
+        0, fields["sentence"], hashed)

@@ -1,0 +1,23 @@
+# make run      executes the notebooks of a profile (PROFILE=smoke, laptop, gpu or paper) into outputs/
+# make test     runs all tests
+# make bench    times the main steps on this machine
+PYTHON ?= python3
+PROFILE ?= laptop
+
+run: .venv/.installed
+	.venv/bin/python -m snakemake --profile profiles/local --config profile=$(PROFILE)
+
+test: .venv/.installed
+	.venv/bin/python -m pytest -n 2
+
+bench: .venv/.installed
+	.venv/bin/python -m latentree.bench
+
+# The first attempt needs no network and does if all packages are there already; the second fetches what is missing.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q --no-index --no-build-isolation -c constraints.txt -e '.[test]' 2> /dev/null \
+		|| .venv/bin/python -m pip install -c constraints.txt -e '.[test]'
+	touch $@
+
+.PHONY: run test bench

@@ -1,0 +1,57 @@
+"""The order of the notebooks; `make run` starts it. A notebook is executed again when one of its inputs is newer.
+
+A notebook's output is a stamp, .NN_name.done, that git ignores, beside its result. git gives the files of a fresh
+clone arbitrary times, and the reading copy under outputs/ comes with its results; but a clone has no stamps, so its
+first run executes every notebook, and the next one executes none.
+"""
+
+import sys
+from pathlib import Path
+
+from latentree.run import output_folder
+
+# notebook: the notebooks that must be executed before it
+NOTEBOOKS = {
+    "01_grammar_design": [],
+    "02_training": [],
+}
+TRAINS = {"02_training"}  # these take two threads, the others one
+
+PROFILE = config.get("profile", "laptop")
+OUT = output_folder(PROFILE).as_posix()
+HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
+
+
+def stamp(name):
+    return f"{OUT}/.{name}.done"
+
+
+rule all:
+    input:
+        [stamp(name) for name in HERE],
+    default_target: True
+
+
+for name, after in HERE.items():
+
+    rule:
+        name:
+            name
+        input:
+            after=[stamp(other) for other in after],
+            notebook=f"notebooks/{name}.ipynb",
+            params=f"params/{PROFILE}/{name}.yaml",
+            others=sorted(map(str, [*Path("params/grammars").glob("*.yaml"), *Path("lib/latentree").glob("**/*.py")])),
+        output:
+            result=f"{OUT}/results/{name.split('_')[0]}.json",
+            stamp=touch(stamp(name)),
+        log:
+            f"{OUT}/{name}.ipynb",
+        threads: 2 if name in TRAINS else 1
+        params:
+            python=sys.executable,
+            out=OUT,
+        # exec and --follow-parent: when Snakemake is killed the run notices it, and the next one finds the folder free
+        shell:
+            "exec {params.python:q} -m latentree.run {input.notebook:q} --params {input.params:q}"
+            " --out {params.out:q} --follow-parent"
