@@ -2,7 +2,9 @@
 
 A notebook's output is a stamp, .NN_name.done, that git ignores, beside its result. git gives the files of a fresh
 clone arbitrary times, and the reading copy under outputs/ comes with its results; but a clone has no stamps, so its
-first run executes every notebook, and the next one executes none.
+first run executes every notebook, and the next one executes none. The executed notebook is neither an output nor a log:
+Snakemake deletes a failed job's outputs and fills in its missing logs with empty files, while latentree.run leaves
+either NN_name.ipynb or NN_name.failed.ipynb.
 """
 
 import sys
@@ -26,9 +28,13 @@ def stamp(name):
     return f"{OUT}/.{name}.done"
 
 
+def result(name):
+    return f"{OUT}/results/{name.split('_')[0]}.json"
+
+
 rule all:
     input:
-        [stamp(name) for name in HERE],
+        [file(name) for name in HERE for file in (result, stamp)],
     default_target: True
 
 
@@ -43,11 +49,10 @@ for name, after in HERE.items():
             params=f"params/{PROFILE}/{name}.yaml",
             others=sorted(map(str, [*Path("params/grammars").glob("*.yaml"), *Path("lib/latentree").glob("**/*.py")])),
         output:
-            result=f"{OUT}/results/{name.split('_')[0]}.json",
+            result=result(name),
             stamp=touch(stamp(name)),
-        log:
-            f"{OUT}/{name}.ipynb",
         threads: 2 if name in TRAINS else 1
+        priority: -list(HERE).index(name)
         params:
             python=sys.executable,
             out=OUT,

@@ -11,7 +11,6 @@ import sys
 import time
 
 import papermill
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
@@ -70,11 +69,13 @@ def main() -> int:
             stderr_file=progress,
             autosave_cell_every=10,
             coalesce_streams=True,
-            config=Config(KernelManager={"transport": "ipc"}),
+            # sockets instead of ports: no other user can connect, and parallel runs never meet
+            config=Config(KernelManager={"transport": "ipc", "connection_file": f"{job['private']}/kernel.json"}),
         )
     except PapermillExecutionError:
         return CELL_ERROR
-    except DeadKernelError:
+    except RuntimeError as error:  # the kernel died (nbclient's DeadKernelError), or it never answered
+        progress.show(str(error))
         return DEAD_KERNEL
     return FINISHED
 

@@ -61,10 +61,10 @@ class Declaration:
 
 def declared(notebook) -> dict[str, Declaration]:
     """The declarations in the cell of `notebook` (a path) that is tagged `parameters`, by name."""
-    tagged = [cell for cell in read_notebook(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1 or tagged[0].cell_type != "code":
+    tagged = [cell for cell in read_notebook(notebook)["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) != 1 or tagged[0]["cell_type"] != "code":
         raise UserError(f"{notebook}: {len(tagged)} cells are tagged `parameters`: tag exactly one code cell")
-    source = tagged[0].source
+    source = tagged[0]["source"]
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:

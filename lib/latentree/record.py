@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -114,6 +115,12 @@ def parameters_of(values: dict, folder: Path) -> dict:
     digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
     seeds = values.get("seeds", [values["seed"]] if "seed" in values else [])
     return {"parameters": shown, "parameters_sha256": digest, "seeds": seeds}
+
+
+def describe(values: dict, folder: Path) -> dict:
+    """All that is known about a run before it starts."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return git_state() | parameters_of(values, folder) | {"versions": versions(), "device": device(), "started": started}
 
 
 def write_record(folder: Path, profile: str, version: str, notebook: str, entry: dict) -> None:

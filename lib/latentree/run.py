@@ -16,19 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
-import nbformat
 import psutil
 from filelock import FileLock, Timeout
 
 from latentree.errors import UserError
 from latentree.files import read_notebook, write_text
 from latentree.params import check, declared, load
-from latentree.record import (
-    device, git_state, output_folder, parameters_of, version_of, versions, without_machine, write_record,
-)
+from latentree.record import describe, output_folder, version_of, without_machine, write_record
 
 BAD_INPUT, CELL_ERROR, DEAD_KERNEL, TIMED_OUT, BUSY, NO_RESULT = 2, 3, 4, 5, 6, 7
 SIGNALLED = 128  # plus the signal's number, as a shell has it
@@ -38,11 +34,7 @@ SECONDS_TO_SAVE = 8  # for papermill to notice that its kernel is gone and save 
 
 
 class Failure(Exception):
-    """A run that started and did not succeed: its exit code, and one line that says what happened."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(message)
-        self.code = code
+    """A run that did not succeed: Failure(exit code, what happened in one line)."""
 
 
 def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, follow_parent: bool = False) -> None:
@@ -66,8 +58,7 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
         )
         for stale in (result, finished, partial):
             stale.unlink(missing_ok=True)
-        entry = git_state() | parameters_of({name: d.default for name, d in declarations.items()} | values, folder)
-        entry |= {"versions": versions(), "device": device(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        entry = describe({name: declaration.default for name, declaration in declarations.items()} | values, folder)
         start = time.monotonic()
         try:
             peak = execute(notebook, partial, values, timeout, follow_parent)
@@ -76,8 +67,8 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
             result.unlink(missing_ok=True)
             publish(partial if readable(partial) else notebook, failed, folder)
             partial.unlink(missing_ok=True)
-            where = without_machine(str(failed), folder)
-            raise Failure(failure.code, f"{notebook.stem}: {failure}; see {where}") from None
+            code, message = failure.args
+            raise Failure(code, f"{notebook.stem}: {message}; see {without_machine(str(failed), folder)}") from None
         entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
         write_record(folder, profile, version, notebook.stem, entry)
         publish(partial, finished, folder)
@@ -88,18 +79,15 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
 @contextlib.contextmanager
 def lock(folder: Path, notebook: Path):
     """Hold the folder for this notebook; a second run is refused at once."""
-    held = FileLock(folder / f".{notebook.stem}.lock")
     try:
         (folder / "results").mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
+        held = FileLock(folder / f".{notebook.stem}.lock").acquire(timeout=0)
     except Timeout:
         raise Failure(BUSY, f"{notebook.stem}: another run is writing to {folder.name}: wait for it or stop it") from None
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror}): name another folder") from None
-    try:
+    with held:
         yield
-    finally:
-        held.release()
 
 
 def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, follow_parent: bool) -> int:
@@ -114,14 +102,14 @@ def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, 
             [sys.executable, "-m", "latentree.execute"],
             stdin=subprocess.PIPE, text=True, env=environment, start_new_session=True,
         )
-        job = {"name": notebook.stem, "notebook": str(notebook.resolve()), "partial": str(partial), "parameters": values}
-        child.stdin.write(json.dumps(job))
+        job = {"name": notebook.stem, "notebook": str(notebook.resolve()), "partial": str(partial), "private": private}
+        child.stdin.write(json.dumps(job | {"parameters": values}))
         child.stdin.close()
         peak = watch(child, timeout, os.getppid() if follow_parent else None)
     if child.returncode not in (0, CELL_ERROR):
         cell = last_started(partial)
-        ended = "the kernel died" if child.returncode == DEAD_KERNEL else f"its process ended with code {child.returncode}"
-        raise Failure(DEAD_KERNEL, f"{cell}: {ended} (out of memory?)")
+        what = "the kernel died" if child.returncode == DEAD_KERNEL else f"papermill ended with code {child.returncode}"
+        raise Failure(DEAD_KERNEL, f"{cell}: {what} (out of memory?)")
     return peak
 
 
@@ -179,11 +167,12 @@ def stop(child: subprocess.Popen) -> None:
 def judge(partial: Path, result: Path) -> None:
     """Success means: no cell has an error, every cell was executed, and the result was written and holds claims."""
     for name, cell in code_cells(partial):
-        errors = [output for output in cell.outputs if output.output_type == "error"]
-        if cell.execution_count is None or any(e.ename == "SystemExit" and e.evalue in ("", "0") for e in errors):
+        errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
+        left = any(error["ename"] == "SystemExit" and error["evalue"] in ("", "0") for error in errors)
+        if left or cell["execution_count"] is None:
             raise Failure(NO_RESULT, f"{name}: the notebook ended here (sys.exit?) and not with its last cell")
         if errors:
-            raise Failure(CELL_ERROR, f"{name}: {errors[0].ename}: {' '.join(errors[0].evalue.split())}")
+            raise Failure(CELL_ERROR, f"{name}: {errors[0]['ename']}: {' '.join(errors[0]['evalue'].split())}")
     try:
         valid = isinstance(json.loads(result.read_text(encoding="utf-8"))["claims"], list)
     except (OSError, ValueError, KeyError, TypeError):
@@ -192,16 +181,16 @@ def judge(partial: Path, result: Path) -> None:
         raise Failure(NO_RESULT, f"finished without claims in results/{result.name}: end it with write_results")
 
 
-def code_cells(notebook: Path) -> list[tuple[str, nbformat.NotebookNode]]:
+def code_cells(notebook: Path) -> list[tuple[str, dict]]:
     """The code cells that are executed (blank ones are not), each named by its number in Jupyter and its first line."""
-    cells = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code" and cell.source.strip()]
-    return [(f"In [{i}] `{cell.source.strip().splitlines()[0][:60]}`", cell) for i, cell in enumerate(cells, start=1)]
+    cells = [cell for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code" and cell["source"].strip()]
+    return [(f"In [{i}] `{cell['source'].strip().splitlines()[0][:60]}`", cell) for i, cell in enumerate(cells, start=1)]
 
 
 def last_started(partial: Path) -> str:
     """The last cell that papermill started, by name."""
     cells = code_cells(partial) if readable(partial) else []
-    started = [name for name, cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+    started = [name for name, cell in cells if cell["metadata"].get("papermill", {}).get("start_time")]
     return started[-1] if started else "before the first cell"
 
 
@@ -218,7 +207,9 @@ def publish(source: Path, target: Path, folder: Path) -> None:
     notebook = without_machine(read_notebook(source), folder)
     for private in ("input_path", "output_path", "parameters"):
         notebook["metadata"].get("papermill", {}).pop(private, None)
-    write_text(target, nbformat.writes(nbformat.from_dict(notebook)) + "\n")
+    for cell in notebook["cells"]:
+        cell["source"] = cell["source"].splitlines(keepends=True)
+    write_text(target, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
 class Parser(argparse.ArgumentParser):
@@ -248,8 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.code
+        code, message = failure.args
+        print(f"error: {message}", file=sys.stderr)
+        return code
     return 0
 
 

@@ -1,0 +1,137 @@
+"""A training run's checkpoints: folders step-00000000, step-00000001, ... that transformers loads, in order of steps."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from latentree.errors import UserError
+
+IDENTITY = "training.json"  # what was trained on what: in the run's folder, and a copy in each checkpoint
+PARTIAL = ".partial-"  # a folder still being written, or already replaced
+
+
+def checkpoint_steps(total_steps: int, evenly: int, log_spaced: int) -> list[int]:
+    """Sorted steps from 0 to `total_steps`: about `evenly` evenly spaced and `log_spaced` log-spaced ones, merged."""
+    even = {round(total_steps * i / evenly) for i in range(1, evenly + 1)}
+    log = {round(total_steps ** (i / max(1, log_spaced - 1))) for i in range(log_spaced)}
+    return sorted({0, total_steps} | even | log)
+
+
+@contextmanager
+def new_folder(folder: Path):
+    """A temporary folder to fill, that takes the place of `folder` once the block ends without an error."""
+    partial, replaced = (folder.with_name(PARTIAL + state + folder.name) for state in ("new-", "old-"))
+    remove_partial(folder.parent)
+    partial.mkdir(parents=True)
+    yield partial
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed or failed run left half-written in `folder`."""
+    for path in folder.glob(PARTIAL + "*"):
+        shutil.rmtree(path)
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+@contextmanager
+def without_bars():
+    """Keep transformers from drawing a progress bar for each small file."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_checkpoint(model, run: Path, step: int) -> None:
+    """Write `model` and the identity of its run as checkpoint `step` of the run in folder `run`: whole or not at all."""
+    with without_bars(), new_folder(run / f"step-{step:08d}") as partial:
+        model.save_pretrained(partial)
+        shutil.copy(run / IDENTITY, partial / IDENTITY)
+
+
+def read_identity(folder: Path) -> dict:
+    """What was trained on what, from a run's folder or a checkpoint's."""
+    try:
+        return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: has no readable {IDENTITY}; name a folder that train() has written") from None
+
+
+def check_checkpoint(folder: Path, identity: dict) -> None:
+    """Raises UserError, with the folder's name, unless `folder` is a whole checkpoint of the run with this identity."""
+    mend = "remove this folder, or train again in a new one"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder}: truncated checkpoint, config.json cannot be read; {mend}") from None
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights or [folder / "model.safetensors"]:
+        if not is_whole(file):
+            raise UserError(f"{folder}: truncated checkpoint, {file.name} is missing or cut off; {mend}")
+    theirs = read_identity(folder) | {"architecture": config["model_type"], "vocabulary_size": config["vocab_size"]}
+    for name, value in identity.items():
+        if theirs.get(name) != value:
+            raise UserError(
+                f"{folder}: foreign checkpoint, its {name} is {theirs.get(name)!r} and this run's is {value!r}; {mend}"
+            )
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes of length, the header, the tensors."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if length < file.stat().st_size else None
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return file.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return False
+
+
+class LocalSeries:
+    """The checkpoints of the run in `folder`, in order of steps: iterate for (step, folder), `load` for the model.
+
+    Every checkpoint is checked when the series is made: UserError names one that is truncated or of another run.
+    Half-written folders that a killed run left are not seen.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.identity = read_identity(self.folder)
+        self._folders = {int(path.name.removeprefix("step-")): path for path in self.folder.glob("step-" + "[0-9]" * 8)}
+        for path in self._folders.values():
+            check_checkpoint(path, self.identity)
+
+    @property
+    def steps(self) -> list[int]:
+        """The training steps that have a checkpoint, in order."""
+        return sorted(self._folders)
+
+    def __len__(self):
+        return len(self._folders)
+
+    def __iter__(self):
+        return ((step, self._folders[step]) for step in self.steps)
+
+    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
+        """The model at `step`, ready to be measured; `options` go to from_pretrained (attn_implementation, say)."""
+        if step not in self._folders:
+            raise UserError(f"step: {step} has no checkpoint in {self.folder}; choose one of {self.steps}")
+        folder = self._folders[step]
+        with without_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        return model.to(device).eval()

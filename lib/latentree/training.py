@@ -1,0 +1,249 @@
+"""Training a small causal model on a corpus stream: one loop, exact resume, checkpoints, tables of losses in nats."""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from latentree.checkpoints import IDENTITY, checkpoint_steps, remove_partial, save_checkpoint
+from latentree.corpus import Stream
+from latentree.errors import UserError
+from latentree.files import write_text
+from latentree.model import build_model, check_sizes, parameter_count
+from latentree.optimizers import build_optimizers, rate_share
+from latentree.state import Progress, Reporter, check_folder, full_disk_told, keep_freed_memory
+from latentree.state import load_state, remove_states, save_state
+
+LOG_ROWS = 500  # rows of losses.csv, about
+CARD = "run_card.json"  # written last: its presence says that the training is finished
+
+
+class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
+    """Everything that decides how a model is trained. UserError, in one line, for a setting that cannot be."""
+
+    architecture: str = "llama"
+    layers: PositiveInt = 4
+    width: PositiveInt = 64  # of the residual stream
+    heads: PositiveInt = 4
+    mlp_width: PositiveInt | None = None  # 4 width if none
+    context: int = Field(128, ge=2)  # tokens a sequence
+    batch_sequences: PositiveInt = 32  # sequences a step, over all processes
+    tokens: PositiveInt = 3_000_000  # trained on in all, rounded up to whole steps
+    optimizer: Literal["adamw", "muon"] = "muon"
+    learning_rate: PositiveFloat = 3.0e-3  # AdamW's peak
+    muon_learning_rate: PositiveFloat = 1.0e-2  # Muon's peak
+    weight_decay: NonNegativeFloat = 0.0
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    warmup: float = Field(0.05, ge=0, lt=1)  # fraction of the steps
+    schedule: Literal["linear", "cosine"] = "linear"
+    gradient_clip: PositiveFloat = 1.0  # largest norm of the gradient
+    checkpoints_even: NonNegativeInt = 10
+    checkpoints_log: NonNegativeInt = 10
+    seed: NonNegativeInt = 0  # of the initial weights
+    precision: Literal["no", "bf16"] = "no"
+    state_every_seconds: NonNegativeFloat = 60.0  # at most so much is lost when killed; changes no result
+
+    def __init__(self, **settings):
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name, value = str(first["loc"][0]), first["input"]
+            near = difflib.get_close_matches(name, type(self).model_fields, n=1, cutoff=0)[0]
+            mend = f"is no setting; did you mean {near}?" if first["type"] == "extra_forbidden" else first["msg"]
+            raise UserError(f"{name} = {value!r}: {mend[0].lower()}{mend[1:]}") from None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the whole training."""
+        return math.ceil(self.tokens / (self.batch_sequences * self.context))
+
+    def sizes(self) -> dict:
+        """The arguments of `build_model` that are settings here."""
+        return self.model_dump(include={"architecture", "layers", "width", "heads", "context", "mlp_width"})
+
+
+def train(config, process, held_out, folder, stream=None, device="auto", progress=True) -> pd.DataFrame:
+    """Train a model on `process` in `folder`; start again after any interruption and it goes on, exactly.
+
+    `held_out` is (sequences, context) tokens; `stream` gives batches of (rows, context) tokens, by default of
+    `process`; `device` is auto, cpu or cuda. Returns losses.csv: step, tokens, loss (nats a token, the mean since the
+    row before) and learning_rate. The folder also gets held_out.csv (step, tokens, loss, standard_error over
+    sequences), held_out_by_position.csv (step, position, loss of predicting the token after it), the checkpoints
+    step-*, and run_card.json. A finished training is not repeated.
+
+    UserError if the settings, data and folder do not fit together, if the loss stops being finite, or if the disk is
+    full; the last good checkpoint and state stay.
+    """
+    folder = Path(folder)
+    identity = check_run(config, process, held_out, folder, device)
+    if (folder / CARD).exists():
+        remove_states(folder)
+        return pd.read_csv(folder / "losses.csv", float_precision="round_trip")
+    # Accelerate remembers the first precision and device of a process; a notebook trains several models.
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", 1)) == 1)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+    rows, left = divmod(config.batch_sequences, accelerator.num_processes)
+    if left:
+        raise UserError(
+            f"batch_sequences = {config.batch_sequences}: does not divide over {accelerator.num_processes} processes; "
+            f"give a multiple of {accelerator.num_processes}"
+        )
+    with full_disk_told(folder):
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partial(folder)
+            write_text(folder / IDENTITY, json.dumps(identity, indent=1))
+        accelerator.wait_for_everyone()
+        if stream is None:
+            first = rows * accelerator.process_index
+            options = {"first_row": first, "total_rows": config.batch_sequences}
+            stream = Stream(process, rows, config.context, device=accelerator.device, **options)
+        loop(config, process, held_out, folder, stream, accelerator, progress)
+    return pd.read_csv(folder / "losses.csv", float_precision="round_trip")
+
+
+def loop(config, process, held_out, folder, stream, accelerator, show):
+    """The training itself, from the latest state in `folder` if there is one."""
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    model = build_model(vocabulary_size=process.vocabulary_size, seed=config.seed, end=process.end, **config.sizes())
+    parameters = parameter_count(model)
+    model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
+    held_out = held_out.to(accelerator.device)
+    run = Progress()
+    accelerator.register_for_checkpointing(run)
+    load_state(accelerator, stream, folder)
+
+    batch_tokens = config.batch_sequences * config.context
+    checkpoints = set(checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log))
+    log_every = max(1, config.steps // LOG_ROWS)
+    window, started, saved = [], time.monotonic() - run.seconds, time.monotonic()
+    report = Reporter(process.name, config.steps * batch_tokens, run.step * batch_tokens, show and accelerator.is_main_process)
+    if run.step == 0:
+        record(run, config, accelerator, model, held_out, folder)
+
+    while run.step < config.steps:
+        share = rate_share(run.step, config.steps, config.warmup, config.schedule)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+        loss = next_token_losses(model, stream.next_batch()).mean()
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.step += 1
+        window.append(loss.detach())
+        if run.step % log_every and run.step not in checkpoints:
+            continue
+
+        mean = accelerator.reduce(torch.stack(window).mean(), "mean").item()
+        window = []
+        # A gradient that is not finite has just spoilt the weights, before any loss shows it.
+        check_finite(mean + float(norm), run.step, folder)
+        run.losses.append((run.step, run.step * batch_tokens, mean, config.learning_rate * share))
+        run.seconds = time.monotonic() - started
+        report(run.step * batch_tokens, mean)
+        if run.step in checkpoints:
+            record(run, config, accelerator, model, held_out, folder)
+        late = broadcast_object_list([time.monotonic() - saved > config.state_every_seconds])[0]
+        if run.step in checkpoints or late:
+            save_state(accelerator, stream, folder, run.step)
+            saved = time.monotonic()
+
+    report.close()
+    if accelerator.is_main_process:
+        seconds = round(run.seconds, 1)
+        speed = round(config.steps * batch_tokens / max(run.seconds, 1e-9))
+        card = {"corpus": process.name, "parameters": parameters, "tokens": config.steps * batch_tokens}
+        card |= {"seconds": seconds, "tokens_per_second": speed, "device": str(accelerator.device)}
+        card |= {"processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+        write_text(folder / CARD, json.dumps(card, indent=1))
+        remove_states(folder)
+    accelerator.wait_for_everyone()
+
+
+def next_token_losses(model, tokens):
+    """Losses in nats of predicting each next token: (sequences, context - 1) from tokens (sequences, context)."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    targets = tokens[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+@torch.no_grad()
+def evaluate(model, tokens, rows):
+    """`next_token_losses` of held-out `tokens`, `rows` sequences at a time, as float64 on the CPU."""
+    model.eval()
+    losses = [next_token_losses(model, chunk).double().cpu() for chunk in tokens.split(rows)]
+    model.train()
+    return torch.cat(losses)
+
+
+def record(run, config, accelerator, model, held_out, folder):
+    """Evaluate the model on held-out tokens, save it as a checkpoint and write all tables, in the main process."""
+    if accelerator.is_main_process:
+        unwrapped = accelerator.unwrap_model(model)
+        losses = evaluate(unwrapped, held_out, config.batch_sequences)
+        check_finite(losses.sum().item(), run.step, folder)
+        means, tokens = losses.mean(1), run.step * config.batch_sequences * config.context
+        run.held_out.append((run.step, tokens, means.mean().item(), means.std().item() / len(means) ** 0.5))
+        run.by_position += [(run.step, position, loss) for position, loss in enumerate(losses.mean(0).tolist())]
+        save_checkpoint(unwrapped, folder, run.step)
+        write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
+        write_table(folder / "held_out.csv", run.held_out, "step tokens loss standard_error")
+        write_table(folder / "held_out_by_position.csv", run.by_position, "step position loss")
+    accelerator.wait_for_everyone()
+
+
+def write_table(path, rows, columns):
+    """Write tuples as a CSV file, whole or not at all; a float reads back as it was."""
+    write_text(path, pd.DataFrame(rows, columns=columns.split()).to_csv(index=False))
+
+
+def check_finite(loss, step, folder):
+    """Raises UserError if a loss, or whatever is added to it, is not finite."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"loss: not finite at step {step} in {folder}; give a lower learning rate or a longer warmup, and a new folder "
+            f"(the checkpoints before it are kept)"
+        )
+
+
+def check_run(config, process, held_out, folder, device) -> dict:
+    """The identity of a run: what is trained on what. UserError if it cannot be trained, or not in `folder`."""
+    check_sizes(vocabulary_size=process.vocabulary_size, end=process.end, **config.sizes())
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device = {device!r}: is not known; give auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda': torch sees no GPU here; give auto or cpu")
+    shape = tuple(held_out.shape)
+    if len(shape) != 2 or shape[0] < 2 or shape[1] != config.context or held_out.is_floating_point():
+        raise UserError(
+            f"held_out: is {held_out.dtype} {shape}; give whole numbers (sequences, context) with 2 sequences or more of "
+            f"{config.context} tokens"
+        )
+    if not 0 <= held_out.min() <= held_out.max() < process.vocabulary_size:
+        raise UserError(
+            f"held_out: has tokens from {held_out.min()} to {held_out.max()}; give ids below the vocabulary_size "
+            f"{process.vocabulary_size} of {process.name}"
+        )
+    identity = {"corpus": process.name, "vocabulary_size": process.vocabulary_size, "end": process.end}
+    identity |= {"held_out": hashlib.sha256(held_out.cpu().long().numpy().tobytes()).hexdigest()[:16]}
+    identity |= config.model_dump(exclude={"state_every_seconds"})
+    check_folder(folder, identity)
+    return identity

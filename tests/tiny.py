@@ -1,0 +1,80 @@
+"""Tiny notebooks and projects for the tests of the running layer; a kernel takes about a second to start."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+PARAMETERS = """\
+# what a reader may change
+profile: str = "smoke"  # size of the run
+out: str = "outputs"  # folder for everything that is written
+seed: int = 0  # of all random numbers
+learning_rate: float = 0.01  # largest step of the optimizer
+checkpoint: str = ""  # folder to resume from
+"""
+VALIDATE = "from latentree.params import validate\nparameters = validate(globals())"
+WRITE = "from latentree.results import write_results\nwrite_results(out, '{}', profile, [])"
+# Waits a minute, but only the first time that it is executed in this folder.
+WAIT_ONCE = """\
+import pathlib, time
+waited = pathlib.Path("waited").exists()
+pathlib.Path("waited").touch()
+print("waiting", flush=True)
+time.sleep(0 if waited else 60)"""
+
+
+def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS, tag: str = "parameters") -> Path:
+    """A notebook with a parameters cell, the line that validates it, and `cells`."""
+    head = [new_markdown_cell("# A tiny notebook"), new_code_cell(parameters, metadata={"tags": [tag]})]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    body = [new_code_cell(cell) for cell in (VALIDATE, *cells)]
+    nbformat.write(new_notebook(cells=head + body, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def write_project(root: Path, **notebooks: list[str]) -> Path:
+    """A project with a smoke profile: for each notebook its cells, then one that writes a result."""
+    for name, cells in notebooks.items():
+        write_notebook(root / "notebooks" / f"{name}.ipynb", *cells, WRITE.format(name))
+        params = root / "params" / "smoke" / f"{name}.yaml"
+        params.parent.mkdir(parents=True, exist_ok=True)
+        params.write_text("profile: smoke\nseed: 3\n")
+    return root
+
+
+def command(name: str, *more: str) -> list[str]:
+    """The command line that runs a project's notebook into its folder `out`."""
+    files = [f"notebooks/{name}.ipynb", "--params", f"params/smoke/{name}.yaml", "--out", "out"]
+    return [sys.executable, "-m", "latentree.run", *files, *more]
+
+
+def run(root: Path, name: str, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(name, *more), cwd=root, capture_output=True, text=True, timeout=120)
+
+
+def start(arguments: list[str], root: Path, word: str = "waiting") -> subprocess.Popen:
+    """Start a process in the background and return when it has printed `word`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(arguments, cwd=root, text=True, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    for line in process.stdout:
+        if word in line:
+            return process
+    raise AssertionError(f"{word!r} was never printed: {process.stderr.read()}")
+
+
+def nothing_runs_in(root: Path, seconds: float = 20) -> bool:
+    """Whether no process but this one works in this folder any more, after at most `seconds`."""
+    deadline, this = time.monotonic() + seconds, os.getpid()
+    while left := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(root) and p.pid != this]:
+        if time.monotonic() > deadline:
+            print(left)
+            return False
+        time.sleep(0.2)
+    return True
