@@ -27,7 +27,7 @@ BAD_VALUES = [
     ({"out": " "}, "out", "folder"),
     ({"seeds": []}, "seeds", "one or more"),
     ({"seeds": [1, 1]}, "seeds", "distinct"),
-    ({"seeds": [0, -1]}, "seeds", "none below 0"),
+    ({"seeds": [0, -1]}, "seeds", "0 or above"),
     ({"seeds": 1}, "seeds", "[0, 1]"),
     ({"layers": 0}, "layers", "greater than 0"),
     ({"optimizer": "sgd"}, "sgd", "adamw, muon"),

@@ -15,6 +15,7 @@ from tiny import (
     PARAMETERS, WAIT_ONCE, command, nothing_runs_in, run, start, write_notebook, write_project,
 )
 
+from latentree.execute import Progress
 from latentree.record import output_folder, version_of, without_machine
 from latentree.run import BAD_INPUT, BUSY, CELL_ERROR, DEAD_KERNEL, NO_RESULT, TIMED_OUT, main
 
@@ -40,8 +41,9 @@ def assert_failed(root: Path, name: str = NAME):
 def succeeded(tmp_path_factory):
     """A project whose notebook ran once, after a failed run had left its traces."""
     root = tmp_path_factory.mktemp("project")
+    ipc = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().transport == 'ipc'"
     warn = "import sys\nprint('in', out)\nprint('\\x1b[32m' + out + '/tables/a.csv', file=sys.stderr)"
-    write_project(root, **{NAME: [warn, ""]})
+    write_project(root, **{NAME: [ipc, warn, ""]})
     params = root / "params" / "smoke" / f"{NAME}.yaml"
     params.write_text(f"seed: 3\nlearning_rate: 1\nout: ignored\ncheckpoint: {root}/out/checkpoints/1\n")
     (root / "out" / "results").mkdir(parents=True)
@@ -93,6 +95,13 @@ def test_plain_papermill_runs_the_same_notebook_and_only_warns_of_an_unknown_par
     ran = subprocess.run(papermill, cwd=root, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "Passed unknown parameter: sede" in ran.stderr
     assert (root / "plain/results/01.json").exists()
+
+
+def test_a_redrawn_bar_takes_a_line_every_few_seconds_and_text_passes_at_once(capsys):
+    progress = Progress("01")
+    for text in ["\r 1%", "\r 2%", "\r 3%", "\r100%\n", "done\nhalf", " a line\n", "\n"]:
+        progress.write(text)
+    assert capsys.readouterr().out.splitlines() == ["01:  1%", "01: 100%", "01: done", "01: half a line"]
 
 
 # ---- failures while it runs

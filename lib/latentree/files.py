@@ -29,7 +29,8 @@ def read_yaml(path) -> dict:
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', 'not UTF-8')}): name a YAML file") from None
+        why = getattr(error, "strerror", "not UTF-8")
+        raise UserError(f"{path}: cannot be read ({why}): name a YAML file") from None
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise UserError(f"{path}: line {line} is not YAML: write `name: value`") from None
@@ -56,6 +57,21 @@ def read_notebook(path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(f"{path}: is not a notebook: name an .ipynb file") from None
     return notebook
+
+
+def readable(notebook: Path) -> bool:
+    """Whether the file is a whole notebook: papermill's writes are not atomic."""
+    try:
+        return bool(read_notebook(notebook))
+    except UserError:
+        return False
+
+
+def code_cells(notebook: Path) -> list[tuple[str, dict]]:
+    """The code cells that are executed (blank ones are not), each named by its number in Jupyter and its first line."""
+    cells = [cell for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code"]
+    lines = [(cell["source"].strip().splitlines(), cell) for cell in cells if cell["source"].strip()]
+    return [(f"In [{number}] `{first[:60]}`", cell) for number, ((first, *_), cell) in enumerate(lines, start=1)]
 
 
 def write_text(path: Path, text: str) -> None:

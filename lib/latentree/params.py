@@ -41,7 +41,7 @@ RATE = (lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 LIMITS = {
     "out": (lambda folder: folder.strip() != "", "a folder's name"),
     "seed": (lambda seed: seed >= 0, "0 or more"),
-    "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0, "one or more, distinct, none below 0"),
+    "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0, "one or more, distinct, 0 or above"),
     "learning_rate": RATE,
     "muon_learning_rate": RATE,
 }

@@ -119,8 +119,8 @@ def parameters_of(values: dict, folder: Path) -> dict:
 
 def describe(values: dict, folder: Path) -> dict:
     """All that is known about a run before it starts."""
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    return git_state() | parameters_of(values, folder) | {"versions": versions(), "device": device(), "started": started}
+    machine = {"versions": versions(), "device": device()}
+    return git_state() | parameters_of(values, folder) | machine | {"started": datetime.now(UTC).isoformat()}
 
 
 def write_record(folder: Path, profile: str, version: str, notebook: str, entry: dict) -> None:

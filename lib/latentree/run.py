@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from latentree.errors import UserError
-from latentree.files import read_notebook, write_text
+from latentree.files import code_cells, read_notebook, readable, write_text
 from latentree.params import check, declared, load
 from latentree.record import describe, output_folder, version_of, without_machine, write_record
 
@@ -83,7 +83,8 @@ def lock(folder: Path, notebook: Path):
         (folder / "results").mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / f".{notebook.stem}.lock").acquire(timeout=0)
     except Timeout:
-        raise Failure(BUSY, f"{notebook.stem}: another run is writing to {folder.name}: wait for it or stop it") from None
+        message = f"{notebook.stem}: another run is writing to {folder.name}: wait for it or stop it"
+        raise Failure(BUSY, message) from None
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror}): name another folder") from None
     with held:
@@ -100,8 +101,8 @@ def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, 
         environment |= {f"JUPYTER_{kind}_DIR": f"{private}/{kind.lower()}" for kind in ("RUNTIME", "CONFIG", "DATA")}
         child = subprocess.Popen(
             [sys.executable, "-m", "latentree.execute"],
-            stdin=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-        )
+            stdin=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+        )  # whatever papermill and the kernel complain of goes with the progress; standard error has one line of our own
         job = {"name": notebook.stem, "notebook": str(notebook.resolve()), "partial": str(partial), "private": private}
         child.stdin.write(json.dumps(job | {"parameters": values}))
         child.stdin.close()
@@ -116,7 +117,8 @@ def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, 
 def watch(child: subprocess.Popen, timeout: float | None, parent: int | None) -> int:
     """Wait for the child and sample its memory in bytes; stop it on a time-out, a signal, or its `parent`'s end."""
     received = []
-    before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in (signal.SIGTERM, signal.SIGINT)}
+    both = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in both}
     start, peak = time.monotonic(), 0
     try:
         while True:
@@ -173,6 +175,8 @@ def judge(partial: Path, result: Path) -> None:
             raise Failure(NO_RESULT, f"{name}: the notebook ended here (sys.exit?) and not with its last cell")
         if errors:
             raise Failure(CELL_ERROR, f"{name}: {errors[0]['ename']}: {' '.join(errors[0]['evalue'].split())}")
+        if cell["metadata"]["papermill"]["exception"]:
+            raise Failure(CELL_ERROR, f"{name}: papermill stopped here without saying why")
     try:
         valid = isinstance(json.loads(result.read_text(encoding="utf-8"))["claims"], list)
     except (OSError, ValueError, KeyError, TypeError):
@@ -181,25 +185,11 @@ def judge(partial: Path, result: Path) -> None:
         raise Failure(NO_RESULT, f"finished without claims in results/{result.name}: end it with write_results")
 
 
-def code_cells(notebook: Path) -> list[tuple[str, dict]]:
-    """The code cells that are executed (blank ones are not), each named by its number in Jupyter and its first line."""
-    cells = [cell for cell in read_notebook(notebook)["cells"] if cell["cell_type"] == "code" and cell["source"].strip()]
-    return [(f"In [{i}] `{cell['source'].strip().splitlines()[0][:60]}`", cell) for i, cell in enumerate(cells, start=1)]
-
-
 def last_started(partial: Path) -> str:
     """The last cell that papermill started, by name."""
     cells = code_cells(partial) if readable(partial) else []
     started = [name for name, cell in cells if cell["metadata"].get("papermill", {}).get("start_time")]
     return started[-1] if started else "before the first cell"
-
-
-def readable(notebook: Path) -> bool:
-    """Whether papermill left a whole file: its writes are not atomic."""
-    try:
-        return bool(read_notebook(notebook))
-    except UserError:
-        return False
 
 
 def publish(source: Path, target: Path, folder: Path) -> None:
