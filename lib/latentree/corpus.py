@@ -6,7 +6,8 @@ import torch
 
 from . import counter
 from .errors import UserError
-from .grammar import Grammar, read_yaml
+from .files import read_yaml
+from .grammar import Grammar
 from .ngrams import Chain, HashedTables
 from .sampler import HELD_OUT, GrammarProcess
 
@@ -20,6 +21,9 @@ def load_process(name, grammars="params/grammars", seed=0):
     `name` may also be a path to a file. Raises UserError for a file that is missing or wrong.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else Path(grammars) / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+        raise UserError(f"corpus {name!r}: no file {path}; corpora there: {known}")
     content = read_yaml(path)
     kind = content.pop("kind", "grammar")
     if kind == "grammar":

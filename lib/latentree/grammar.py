@@ -8,14 +8,13 @@ place where it stands turns into a token.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import nltk
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import UserError
+from .files import read_yaml
 
 LEVELS = ("corpus", "document", "section", "paragraph", "sentence")
 END = "end"  # the role that closes every sentence: one token, the last of the vocabulary
@@ -80,21 +79,6 @@ class Shape:
     binds_to: tuple
     tree: nltk.Tree
     probability: float
-
-
-def read_yaml(path):
-    """The mapping in a YAML file; UserError if it is missing, unreadable or not a mapping."""
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml"))) or "none"
-        raise UserError(f"grammar file {path.name} not found in {path.parent}; grammars there: {known}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"grammar file {path.name} is not YAML: {str(error).splitlines()[0]}; mend its syntax") from None
-    if not isinstance(content, dict):
-        raise UserError(f"grammar file {path.name} holds {type(content).__name__}, not a mapping; write 'field: value' lines")
-    return content
 
 
 def checked(model, content, name):
@@ -270,6 +254,14 @@ class Grammar:
     def role_frequencies(self):
         """Share of each role among tokens."""
         return self.role_counts / self.role_counts.sum()
+
+    @cached_property
+    def role_of(self):
+        """The role of each token (vocabulary,), the last one named for a shared token."""
+        table = np.zeros(self.vocabulary_size, dtype=int)
+        for r, words in enumerate(self.words):
+            table[words] = r
+        return table
 
     @cached_property
     def mean_length(self):

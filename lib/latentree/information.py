@@ -7,18 +7,21 @@ from scipy.sparse import csr_matrix
 from .errors import UserError
 
 
-def estimated(documents, distances, vocabulary_size):
+def estimated(documents, distances, labels):
     """Mutual information of tokens d apart in the same document, with Miller and Madow's correction: (distances,).
+
+    `labels` (vocabulary,) says what is compared: the tokens themselves (0, 1, 2, ...), or their roles.
 
     The plug-in estimate is too high by about (cells - rows - columns + 1) / (2 pairs), counting those seen
     (Miller 1955, "Note on the bias of information estimates").
     """
+    labels = torch.as_tensor(labels)
+    size, label = int(labels.max()) + 1, labels[documents.tokens]
     values = []
     for distance in distances:
         same = documents.token["document"][distance:] == documents.token["document"][:-distance]
-        first, second = documents.tokens[:-distance][same], documents.tokens[distance:][same]
-        table = torch.bincount(first * vocabulary_size + second, minlength=vocabulary_size**2).double()
-        table = table.view(vocabulary_size, vocabulary_size)
+        pair = label[:-distance][same] * size + label[distance:][same]
+        table = torch.bincount(pair, minlength=size**2).double().view(size, size)
         pairs, rows, columns = table.sum(), table.sum(1), table.sum(0)
         excess = (table > 0).sum() - (rows > 0).sum() - (columns > 0).sum() + 1
         values.append(float(mutual_information(table / pairs) - excess / (2 * pairs)))
@@ -33,12 +36,13 @@ def mutual_information(joint):
     return (joint[seen] * (joint[seen] / expected[seen]).log()).sum()
 
 
-def exact(grammar, distances):
+def exact(grammar, distances, words=True):
     """Exact mutual information of tokens d apart in a document, for a grammar that redraws all at one level.
 
     Under uniformly random maps the pair's words tell something beyond their roles only if the roles are the same: the
     words are then equal with a probability e that follows from Zipf's law and the habits, and
         I = I(roles) + sum over roles of P(r, r) KL([e, 1 - e] || [1/n, 1 - 1/n]).
+    Without `words`, I(roles) alone.
     UserError unless `redraw` is {document: 1.0} or {sentence: 1.0} and no token is shared.
     """
     redraw = {level: share for level, share in grammar.file.redraw.items() if share > 0}
@@ -74,7 +78,7 @@ def exact(grammar, distances):
         information = float(mutual_information(pairs))
         agree = np.diag(membership.T @ (within * equal + across * same_word) @ membership)
         for r, size in enumerate(grammar.sizes):
-            if size > 1 and pairs[r, r] > 0:
+            if words and size > 1 and pairs[r, r] > 0:
                 e = agree[r] / pairs[r, r]
                 information += pairs[r, r] * (_term(e, 1 / size) + _term(1 - e, 1 - 1 / size))
         found[distance] = information
@@ -96,8 +100,11 @@ def _equal(grammar, shape, a, other, b):
     return both_follow + (1 - both_follow) * chance
 
 
-def exact_chain(chain, distances):
-    """Exact mutual information of tokens d apart in a stationary order-n chain (ngrams.Chain): (distances,)."""
+def exact_chain(chain, distances, labels):
+    """Exact mutual information of tokens d apart in a stationary order-n chain (ngrams.Chain): (distances,).
+
+    `labels` as in `estimated`.
+    """
     size = chain.vocabulary_size
     context, nexts = chain.grams // size, chain.grams % size
     following = context % size ** (chain.order - 1) * size + nexts
@@ -108,7 +115,9 @@ def exact_chain(chain, distances):
     last = (known % size).numpy()
     now = np.zeros((size, len(known)))  # joint probability of the first token and the context that ends `distance` later
     now[last, np.arange(len(known))] = (counts / counts.sum()).numpy()
-    values, ending = {}, np.eye(size)[last]
+    labels = np.asarray(labels)
+    now = np.eye(labels.max() + 1)[labels].T @ now
+    values, ending = {}, np.eye(labels.max() + 1)[labels[last]]
     for distance in range(1, max(distances) + 1):
         now = (step.T @ now.T).T
         values[distance] = float(mutual_information(now @ ending))

@@ -99,10 +99,10 @@ def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, 
         environment = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "JUPYTER_PATH")}
         environment |= {"IPYTHONDIR": f"{private}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         environment |= {f"JUPYTER_{kind}_DIR": f"{private}/{kind.lower()}" for kind in ("RUNTIME", "CONFIG", "DATA")}
-        child = subprocess.Popen(
-            [sys.executable, "-m", "latentree.execute"],
-            stdin=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
-        )  # whatever papermill and the kernel complain of goes with the progress; standard error has one line of our own
+        # What papermill and the kernel say goes with the progress: standard error has one line of our own.
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        line = [sys.executable, "-m", "latentree.execute"]
+        child = subprocess.Popen(line, env=environment, start_new_session=True, **pipes)
         job = {"name": notebook.stem, "notebook": str(notebook.resolve()), "partial": str(partial), "private": private}
         child.stdin.write(json.dumps(job | {"parameters": values}))
         child.stdin.close()

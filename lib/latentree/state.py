@@ -81,10 +81,12 @@ def full_disk_told(folder: Path):
     """Turn the various errors that writing to a full disk raises into one UserError, and remove what is half-written."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        # safetensors and torch.save raise their own kinds, the latter without the reason: a full disk shows itself.
-        full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-        if not full and not ("write" in str(error) and shutil.disk_usage(existing(folder)).free < 2**20):
+        # safetensors and torch.save raise errors of their own, some without the reason, but leave the disk full.
+        full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(existing(folder)).free < 2**20
+        if not full:
             raise
         remove_partial(folder)
         raise UserError(

@@ -92,7 +92,7 @@ def train(config, process, held_out, folder, stream=None, device="auto", progres
     identity = check_run(config, process, held_out, folder, device)
     if (folder / CARD).exists():
         remove_states(folder)
-        return pd.read_csv(folder / "losses.csv", float_precision="round_trip")
+        return pd.read_csv(folder / "losses.csv")
     # Accelerate remembers the first precision and device of a process; a notebook trains several models.
     AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", 1)) == 1)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
@@ -113,7 +113,7 @@ def train(config, process, held_out, folder, stream=None, device="auto", progres
             options = {"first_row": first, "total_rows": config.batch_sequences}
             stream = Stream(process, rows, config.context, device=accelerator.device, **options)
         loop(config, process, held_out, folder, stream, accelerator, progress)
-    return pd.read_csv(folder / "losses.csv", float_precision="round_trip")
+    return pd.read_csv(folder / "losses.csv")
 
 
 def loop(config, process, held_out, folder, stream, accelerator, show):

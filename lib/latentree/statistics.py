@@ -1,0 +1,42 @@
+"""Intervals: bootstrap over independent units (sequences, documents), and over seeds."""
+
+import numpy as np
+from scipy import stats
+
+
+def bootstrap(values, statistic=None, draws=2000, level=0.95, seed=0):
+    """(value, low, high) of a statistic of independent units, by the percentile bootstrap.
+
+    `values` (units, ...) is resampled along its first axis; `statistic` maps arrays (draws, units, ...) to (draws,) and
+    is the mean by default.
+    """
+    values = np.asarray(values)
+    statistic = statistic or (lambda sample: sample.mean(1))
+    chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    drawn = np.concatenate([statistic(values[part]) for part in np.array_split(chosen, max(1, draws // 200))])
+    tail = (1 - level) / 2
+    return float(statistic(values[None])[0]), *(float(q) for q in np.quantile(drawn, [tail, 1 - tail]))
+
+
+def t_interval(values, level=0.95):
+    """(mean, low, high) of a few independent estimates (seeds, groups of documents), by Student's t."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, float("nan"), float("nan")
+    reach = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return mean, mean - float(reach), mean + float(reach)
+
+
+def recovered_share(loss, without, aware):
+    """Bootstrap over sequences of (without - loss) / (without - aware), losses (sequences,) on the same tokens.
+
+    0 says no better than the predictor without the latents, 1 as good as the one that knows them.
+    """
+    stacked = np.stack([np.asarray(loss), np.asarray(without), np.asarray(aware)], 1)
+
+    def share(sample):
+        means = sample.mean(1)
+        return (means[:, 1] - means[:, 0]) / (means[:, 1] - means[:, 2])
+
+    return bootstrap(stacked, share)
