@@ -168,7 +168,7 @@ def _marginal_entropy(grammar, parent, child):
     for p in law:
         chance = p**size * (1 - p) ** (len(above) - size)
         q = (1 - binding) * p + binding * mass
-        total -= (chance * q * np.log(q)).sum()
+        total -= (chance * q * np.log(np.where(q > 0, q, 1))).sum()
     return float(total)
 
 

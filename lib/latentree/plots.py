@@ -50,16 +50,17 @@ def save_table(table, out, name):
 
 
 def draw_tree(tree, ax, words=None):
-    """Draw an nltk tree; `words` replace its leaves. Nonterminals stand above the middle of what they span."""
-    words = iter(words if words is not None else tree.leaves())
+    """Draw an nltk tree; `words` stand below its leaves. Nonterminals stand above the middle of what they span."""
+    words = None if words is None else iter(words)
     next_leaf = iter(range(len(tree.leaves())))
 
     def place(node, depth):
         if isinstance(node, str):
             x = next(next_leaf)
-            ax.text(x, -tree.height(), next(words), ha="center", va="center", fontsize=9,
-                    color=ROLE_COLOURS.get(node, "black"), fontweight="bold")
-            ax.text(x, -tree.height() - 0.45, node, ha="center", va="center", fontsize=7, color="#666666")
+            ax.text(x, -tree.height(), node, ha="center", va="center", fontsize=9, fontweight="bold",
+                    color=ROLE_COLOURS.get(node, "black"))
+            if words is not None:
+                ax.text(x, -tree.height() - 0.45, next(words), ha="center", va="center", fontsize=8)
             return x, -tree.height() + 0.25
         spots = [place(child, depth + 1) for child in node]
         x = (spots[0][0] + spots[-1][0]) / 2
