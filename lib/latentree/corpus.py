@@ -126,18 +126,18 @@ class Stream:
         self._shortest = int(self._lengths.min())
 
 
-def held_out(process, sequences, context, device="cpu", annotate=None):
-    """Held-out windows: each row is a fresh document from its start, and the next ones until the window is full.
+def windows(process, sequences, context, first=0, device="cpu", annotate=None):
+    """Windows of whole documents from number `first` on: each row begins a document, and others follow until it is full.
 
     Returns {field: (sequences, context)} for every field of the documents, those that `annotate(documents)` gives
-    included (a dict of (tokens,) tensors). UserError if the grammar keeps fewer held-out documents apart.
+    included (a dict of (tokens,) tensors).
     """
     per_row = max(1, int(context / process.mean_document_length) + 1)
     while True:
-        if process.held_out_limit and sequences * per_row > process.held_out_limit:
+        if first >= HELD_OUT and process.held_out_limit and sequences * per_row > process.held_out_limit:
             raise UserError(f"{process.name}: {sequences} held-out sequences of {context} tokens need {sequences * per_row} "
                             f"documents, but exclude_held_out keeps {process.held_out_limit} out of training; ask for fewer")
-        documents = process.documents(HELD_OUT + torch.arange(sequences * per_row), device)
+        documents = process.documents(first + torch.arange(sequences * per_row), device)
         packed, lengths = pack(documents, per_row)
         if int(lengths.min()) >= context:
             break
@@ -145,3 +145,8 @@ def held_out(process, sequences, context, device="cpu", annotate=None):
     documents.token.update(annotate(documents) if annotate else {})
     packed, _ = pack(documents, per_row, tuple(documents.token))
     return {name: value[:, :context] for name, value in packed.items()}
+
+
+def held_out(process, sequences, context, device="cpu", annotate=None):
+    """`windows` of held-out documents. UserError if the grammar keeps fewer of them apart from training."""
+    return windows(process, sequences, context, HELD_OUT, device, annotate)

@@ -42,11 +42,13 @@ LIMITS = {
     "out": (lambda folder: folder.strip() != "", "a folder's name"),
     "seed": (lambda seed: seed >= 0, "0 or more"),
     "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0, "one or more, distinct, 0 or above"),
+    "corpora": (lambda names: len(set(names)) == len(names) > 0, "one or more, distinct"),
+    "tokens": (lambda counts: len(counts) > 0 and min(counts) > 0, "a number greater than 0 for each corpus"),
     "learning_rate": RATE,
     "muon_learning_rate": RATE,
 }
 LIMITS |= {name: (choices.__contains__, "one of " + ", ".join(choices)) for name, choices in CHOICES.items()}
-for name in "tokens context width layers heads batch_sequences held_out_sequences checkpoints documents".split():
+for name in "context width layers heads batch_sequences held_out_sequences checkpoints documents longest_distance".split():
     LIMITS[name] = POSITIVE
 
 

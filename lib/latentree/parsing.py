@@ -105,3 +105,21 @@ class PrefixParser:
                 gain = found[right[dot]]
                 old_forward, old_inner = column[rule, dot + 1, began]
                 column[rule, dot + 1, began] = (old_forward + forward * gain, old_inner + inner * gain)
+
+
+def legal_sentences(grammar, tokens):
+    """For each whole sentence in a row of tokens (tokens,), whether the grammar can produce it (a list of bools).
+
+    Shared tokens are taken in every role they can serve.
+    """
+    parser, serves = PrefixParser(grammar), [[] for _ in range(grammar.vocabulary_size)]
+    for role, words in zip(grammar.roles, grammar.words):
+        for word in words.tolist():
+            serves[word].append((role, 1 / len(words)))
+    legal, sentence = [], ()
+    for token in tokens.tolist():
+        sentence = (*sentence, tuple(serves[token]))
+        if token == grammar.end:
+            legal.append(parser.probability(sentence) > 0)
+            sentence = ()
+    return legal

@@ -8,6 +8,7 @@ shape's weight is its probability times that of the sentence's words so far.
 import numpy as np
 import torch
 
+from .corpus import held_out, windows
 from .errors import UserError
 from .parsing import PrefixParser
 
@@ -150,11 +151,29 @@ def _losses_by_own_shape(grammar, documents, latent_aware):
     return losses[sentences.kept] + role_losses(grammar, documents)
 
 
+def held_out_with_references(process, sequences, context):
+    """Held-out windows (corpus.held_out) of a grammar process with the losses of the reference predictors, in nats.
+
+    Fields syntax_only, latent_aware and counts beside the documents' own: (sequences, context) float32 each. The counts
+    predictor's smoothing is fitted on the first training documents.
+    """
+    grammar = process.grammar
+
+    def annotate(documents):
+        losses = {name: token_losses(grammar, documents, name == "latent_aware") for name in ("syntax_only", "latent_aware")}
+        return {name: value.float() for name, value in (losses | {"role_loss": role_losses(grammar, documents)}).items()}
+
+    smoothing = fit_smoothing(windows(process, min(sequences, 128), context), grammar.sizes)
+    kept = held_out(process, sequences, context, annotate=annotate)
+    kept["counts"] = counts_losses(kept, grammar.sizes, smoothing, kept["role_loss"])
+    return kept
+
+
 # ---------------------------------------------------------------------- in-context counts
 
 
-def counts_losses(windows, role_sizes, smoothing, role_loss):
-    """Loss of the in-context counts predictor for each token of windows (sequences, context), in nats.
+def counts_losses(rows, role_sizes, smoothing, role_loss):
+    """Loss of the in-context counts predictor for each token of windows `rows` (sequences, context), in nats.
 
     It knows the syntax (`role_loss`, -log P(role | sentence so far), same shape) and predicts a word of role r by what
     followed the same word earlier in this document, backing off to the document's counts of r, then to uniform:
@@ -162,34 +181,34 @@ def counts_losses(windows, role_sizes, smoothing, role_loss):
     with v the word before, n the words of the role (`role_sizes`), and smoothing = (a, b).
     """
     a, b = smoothing
-    follows_same, role_same, word_same, pair_same = _matches(windows)
-    size = torch.as_tensor(role_sizes, dtype=torch.float32)[windows["role"]]
+    follows_same, role_same, word_same, pair_same = _matches(rows)
+    size = torch.as_tensor(role_sizes, dtype=torch.float32)[rows["role"]]
     by_role = (word_same + b / size) / (role_same + b)
     return role_loss - ((pair_same + a * by_role) / (follows_same + a)).log()
 
 
-def fit_smoothing(windows, role_sizes):
-    """The (a, b) of least loss on windows, by a coarse-to-fine search over their logarithms."""
+def fit_smoothing(rows, role_sizes):
+    """The (a, b) of least loss on windows `rows`, by a coarse-to-fine search over their logarithms."""
     best, centre, radius = None, np.zeros(2), 4.0
-    zero = torch.zeros(windows["tokens"].shape)
+    zero = torch.zeros(rows["tokens"].shape)
     for _ in range(6):
         for da in (-1, 0, 1):
             for db in (-1, 0, 1):
                 point = centre + radius * np.array([da, db])
-                loss = float(counts_losses(windows, role_sizes, tuple(np.exp(point)), zero).mean())
+                loss = float(counts_losses(rows, role_sizes, tuple(np.exp(point)), zero).mean())
                 if best is None or loss < best[0]:
                     best = (loss, point)
         centre, radius = best[1], radius / 2
     return tuple(float(x) for x in np.exp(best[1]))
 
 
-def _matches(windows, chunk=64):
+def _matches(rows, chunk=64):
     """Counts, over earlier tokens of the same document, that the predictor needs: four (sequences, context) tensors."""
     parts = []
-    for start in range(0, len(windows["tokens"]), chunk):
-        token, role, document = (windows[name][start : start + chunk] for name in ("tokens", "role", "document"))
+    for start in range(0, len(rows["tokens"]), chunk):
+        token, role, document = (rows[name][start : start + chunk] for name in ("tokens", "role", "document"))
         before = torch.nn.functional.pad(token[:, :-1], (1, 0), value=-1)
-        before = torch.where(windows["position"][start : start + chunk] == 0, -1, before)
+        before = torch.where(rows["position"][start : start + chunk] == 0, -1, before)
         earlier = torch.ones(token.shape[1], token.shape[1], dtype=torch.bool).tril(-1)
         same_document = (document[:, :, None] == document[:, None, :]) & earlier
         same_role = same_document & (role[:, :, None] == role[:, None, :])
