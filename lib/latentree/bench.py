@@ -1,0 +1,76 @@
+"""Speed on the machine at hand: python -m latentree.bench prints one Markdown table, medians of one run.
+
+Ratios are between things timed alternately in this run; absolute numbers change with the machine and its other work.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import statistics
+import time
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+
+from latentree.corpus import Stream, load_process
+from latentree.files import read_yaml
+from latentree.model import build_model
+from latentree.optimizers import build_optimizers
+from latentree.training import TrainingConfig, next_token_losses
+
+
+def seconds(work, repeats=7):
+    """Median seconds of work(), after one call to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def corpus_speed(name):
+    """Tokens per second of the stream on one core."""
+    torch.set_num_threads(1)
+    stream = Stream(load_process(name), 32, 128)
+    return 50 * 32 * 128 / seconds(lambda: [stream.next_batch() for _ in range(50)])
+
+
+def training_speed(name, settings, threads):
+    """Seconds of a training step and of its batch from the stream, for the laptop's model."""
+    torch.set_num_threads(threads)
+    config, process = TrainingConfig(tokens=10**9, **settings), load_process(name)
+    model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
+    model, *optimizers = Accelerator(cpu=True).prepare(model.train(), *build_optimizers(model, config))
+    stream = Stream(process, config.batch_sequences, config.context)
+
+    def step():
+        next_token_losses(model, batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    batch = stream.next_batch()
+    drawing = seconds(lambda: [stream.next_batch() for _ in range(50)]) / 50
+    return seconds(step, 15), drawing, config.batch_sequences * config.context
+
+
+def main():
+    laptop = read_yaml("params/laptop/02_training.yaml")
+    settings = {name: laptop[name] for name in ("layers", "width", "heads", "context", "batch_sequences", "optimizer")}
+    cores, rows = os.cpu_count(), []
+    for name in ("bound", "bound-flat", "released-small", "released", "bound-order3", "released-ngram"):
+        rows.append((f"corpus stream, {name}, one core", f"{corpus_speed(name) / 1e6:.2f} M tokens/s"))
+    for threads in (1, cores) if cores > 1 else (1,):
+        step, drawing, tokens = training_speed("bound", settings, threads)
+        rows.append((f"training step, laptop model, {threads} threads", f"{tokens / step:,.0f} tokens/s ({1000 * step:.0f} ms)"))
+        rows.append((f"corpus stream's share of that step, bound, {threads} threads", f"{100 * drawing / step:.2f} %"))
+    print(pd.DataFrame(rows, columns=["what", "median"]).to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Every notebook, executed at smoke scale in the order of the Snakefile, with assertions on its result file."""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from latentree.params import check, declared, load
+from latentree.run import main as run
+from latentree.run import output_folder
+
+NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+NAMES = [path.stem for path in NOTEBOOKS]
+CLAIMS = {
+    "01_grammar_design": {"long-range-pcfg", "no-long-range-flat", "no-long-range-n-gram", "released-ngram-has-little-to-learn"},
+    "02_training": {"latents-recovered", "reaches-in-context-counts", "flat-stays-flat", "flat-above-its-floor",
+                    "static-learned-in-weights"},
+}
+
+
+def cells(path, kind):
+    return ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """All notebooks executed one after the other into one folder: later ones read the checkpoints of 02."""
+    out = tmp_path_factory.mktemp("smoke")
+    codes = {path.stem: run([str(path), "--params", f"params/smoke/{path.name[:-6]}.yaml", "--out", str(out)]) for path in NOTEBOOKS}
+    return out, codes
+
+
+@pytest.mark.xdist_group("smoke")
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_executes_and_leaves_its_results(smoke, name):
+    out, codes = smoke
+    assert codes[name] == 0
+    results = json.loads((out / "results" / f"{name[:2]}.json").read_text())
+    assert results["notebook"] == name and results["profile"] == "smoke"
+    assert {claim["id"] for claim in results["claims"]} == CLAIMS[name]
+    for claim in results["claims"]:
+        if claim["value"] is not None:
+            assert claim["low"] <= claim["high"] and claim["n"] > 0 and claim["rule"]
+        assert claim["verdict"] in ("reproduced", "not reproduced", "not testable here")
+    executed = json.loads((out / f"{name}.ipynb").read_text())
+    figures = [o for c in executed["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(figures) >= 3 and len(list((out / "figures").glob(f"{name[:2]}_*.png"))) == len(figures)
+    assert "RuntimeWarning" not in json.dumps(executed)
+
+
+@pytest.mark.xdist_group("smoke")
+def test_results_are_measured_and_not_typed(smoke):
+    """At smoke scale nothing is learned: the very claims that hold on the laptop must fail here."""
+    out, _ = smoke
+    verdicts = {c["id"]: c["verdict"] for c in json.loads((out / "results" / "02.json").read_text())["claims"]}
+    assert verdicts["latents-recovered"] == "not reproduced"
+    exact = {c["id"]: c for c in json.loads((out / "results" / "01.json").read_text())["claims"]}
+    assert exact["released-ngram-has-little-to-learn"]["verdict"] == "reproduced"
+    assert exact["long-range-pcfg"]["value"] == pytest.approx(0.0285, abs=0.02)
+
+
+@pytest.mark.xdist_group("smoke")
+def test_run_record_names_everything_but_the_machine(smoke):
+    out, _ = smoke
+    record = json.loads((out / "run.json").read_text())
+    assert set(record["notebooks"]) == set(NAMES)
+    for entry in record["notebooks"].values():
+        assert entry["wall_seconds"] > 0 and entry["peak_memory_gb"] > 0 and entry["seeds"] == [0]
+    assert str(out) not in json.dumps(record)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_notebook_reads_like_one(path):
+    """Prose before every code cell, short cells, no outputs in the source, a parameters cell that is checked."""
+    notebook = json.loads(path.read_text())
+    kinds = [cell["cell_type"] for cell in notebook["cells"]]
+    assert all(before == "markdown" for before, kind in zip(kinds, kinds[1:]) if kind == "code")
+    lengths = [len([line for line in source.splitlines() if line.strip()]) for source in cells(path, "code")]
+    assert max(lengths) <= 25 and statistics.median(lengths) <= 8
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    text = "\n".join(cells(path, "markdown"))
+    for part in ("**Question.**", "**The claim.**", "**What you will see.**", "**Time and hardware.**", "## Limits", "## Try it yourself"):
+        assert part in text
+    assert len(re.findall(r"\w+", text)) < 12_000
+    for source in cells(path, "code"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 15, f"{node.name} belongs in lib"
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(Path("params").glob("*/[0-9]*.yaml"))], ids=str)
+def test_parameter_files_suit_their_notebooks(path):
+    notebook = Path("notebooks") / f"{path.stem}.ipynb"
+    values = check(load(path), declared(notebook))
+    assert values["profile"] == path.parent.name
+
+
+def test_reading_copy_is_of_these_parameters():
+    """The committed outputs are those of the laptop's parameter files as they are."""
+    folder = output_folder("laptop")
+    for name in NAMES:
+        results = json.loads((folder / "results" / f"{name[:2]}.json").read_text())
+        assert results["profile"] == "laptop"
+        executed = json.loads((folder / f"{name}.ipynb").read_text())
+        sources = ["".join(c["source"]) for c in executed["cells"]
+                   if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])]
+        assert sources == cells(Path(f"notebooks/{name}.ipynb"), "code"), f"{name} changed after it was executed"
+    assert [other.name for other in Path("outputs").glob("laptop-*")] == [folder.name]
+    assert sum(file.stat().st_size for file in folder.rglob("*") if "checkpoints" not in file.parts) < 6_000_000
