@@ -132,6 +132,19 @@ def test_rank_frequencies_are_zipf(name):
         assert chisquare(counts, counts.sum() * corpus.grammar.frequencies[r]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("redraw", [{"document": 1.0}, {"corpus": 1.0}, {"corpus": 1.0, "document": 0.5, "section": 0.25}, {"document": 0.25}])
+@pytest.mark.parametrize("binding", [0.0, 0.8])
+def test_token_frequencies_are_exact(redraw, binding):
+    corpus = process(redraw=redraw, binding=binding, habits={"verb": "noun"}, shared=0.4)
+    documents = corpus.documents(range(20_000))
+    per_document = torch.zeros(20_000, corpus.vocabulary_size, dtype=torch.float64)
+    per_document.index_put_((documents.token["document"], documents.tokens), torch.ones((), dtype=torch.float64), accumulate=True)
+    exact_share, length = torch.from_numpy(corpus.token_frequencies()), per_document.sum(1)
+    assert float(exact_share.sum()) == pytest.approx(1)
+    error = (per_document - length[:, None] * exact_share).std(0) / length.mean() / np.sqrt(20_000)
+    assert (abs(per_document.sum(0) / length.sum() - exact_share) < 4.5 * error + 1e-9).all()
+
+
 def test_maps_are_uniformly_random_permutations():
     corpus = load_process("bound")
     maps = corpus.documents(torch.arange(12_000)).maps["verb"]

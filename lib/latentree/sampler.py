@@ -11,7 +11,7 @@ import torch
 
 from . import counter
 from .errors import UserError
-from .grammar import LEVELS, Grammar
+from .grammar import END, LEVELS, Grammar
 
 HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
 
@@ -92,6 +92,39 @@ class GrammarProcess:
         maps = {role: latents["maps"][:, start : start + size]
                 for role, start, size in zip(grammar.roles, self._starts, grammar.sizes.tolist())}
         return Documents(fields, len(ids), self._shapes, maps, latents["habits"])
+
+    def token_frequencies(self):
+        """Exact share of each token in the corpus (vocabulary,), given the seed's corpus-level maps and habits.
+
+        Permuting a random k of n entries leaves a rank with its word with weight (n - k) / (n - 1) and mixes it evenly
+        with the others otherwise; a habit survives a redraw of k of n with probability 1 - k / n.
+        """
+        grammar, file = self.grammar, self.grammar.file
+        above = file.model_dump() | {"redraw": {"corpus": file.redraw.get("corpus", 0.0)}, "exclude_held_out": 0}
+        base = GrammarProcess(Grammar(above), self.seed).documents([0])
+        shares = [share for level, share in file.redraw.items() if level != "corpus"]
+
+        def rank_law(role, right):
+            """Ranks of `role` in a production: its own Zipf law, or what its parent's ranks call for."""
+            law, parent = grammar.frequencies[grammar.roles.index(role)], file.habits.get(role)
+            if file.binding == 0 or parent not in right:
+                return law
+            above, habit = rank_law(parent, right), base.habits[role][0].numpy()
+            lasting = np.prod([1 - round(share * len(habit)) / len(habit) for share in shares])
+            called = lasting * np.bincount(habit, above, len(law)) + (1 - lasting) * law
+            return file.binding * called + (1 - file.binding) * law
+
+        counts = np.zeros(self.vocabulary_size)
+        for left, right, probability in [*grammar.productions, (0, (END,), 1 / grammar.visits[0])]:
+            for role in right:
+                if isinstance(role, str):
+                    r, law = grammar.roles.index(role), rank_law(role, right)
+                    n = len(law)
+                    kept = np.prod([(n - round(s * n)) / (n - 1) for s in shares]) if grammar.role_specs[r].has_map else 1.0
+                    weight = grammar.visits[left] * probability
+                    counts[base.maps[role][0].numpy()] += weight * kept * law
+                    counts[grammar.words[r]] += weight * (1 - kept) / n
+        return counts / counts.sum()
 
     # ------------------------------------------------------------------ latents
 

@@ -1,0 +1,147 @@
+"""One standard name for each internal point of a causal language model, whatever its architecture calls it.
+
+Matrices follow the mathematics of a row vector: with x (width) the input of a head, its value is x @ W_V (head_dim), and
+what it adds to the attention's output is z @ W_O (width), where z (head_dim) is the head's mix of values.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from latentree.errors import UserError
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where an architecture keeps its parts: dotted paths from the model, then from a block."""
+
+    blocks: str
+    embedding: str
+    final_norm: str
+    attention: str
+    o_proj: str
+    projections: tuple[str, ...]  # of queries, keys and values; one if they are fused
+    input_norm: str | None  # of the attention; none where it reads the residual stream as it is
+
+
+SPLIT = tuple(f"self_attn.{part}_proj" for part in "qkv")
+STACK = ("model.layers", "model.embed_tokens", "model.norm", "self_attn", "self_attn.o_proj", SPLIT)
+NAMES = {
+    "llama": Names(*STACK, "input_layernorm"),
+    "olmo": Names(*STACK, "input_layernorm"),
+    "olmo2": Names(*STACK, None),
+    "gpt_neox": Names("gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "attention", "attention.dense",
+                      ("attention.query_key_value",), "input_layernorm"),
+    "gpt2": Names("transformer.h", "transformer.wte", "transformer.ln_f", "attn", "attn.c_proj", ("attn.c_attn",), "ln_1"),
+}  # fmt: skip
+
+
+def part(root, path: str):
+    """What a dotted path leads to, in a module or in nnsight's view of it."""
+    return reduce(getattr, path.split("."), root)
+
+
+def weight(module) -> torch.Tensor:
+    """The matrix (out, in) of a linear layer; GPT-2's Conv1D keeps it transposed."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def norm_gain(norm, vectors: torch.Tensor) -> torch.Tensor:
+    """The linear part of a norm on vectors (..., width): centred if it is a LayerNorm, times its gain if it has one.
+
+    The division by the scale and the bias are left out. No norm (None) changes nothing.
+    """
+    if norm is None:
+        return vectors
+    if "LayerNorm" in type(norm).__name__:
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    gain = getattr(norm, "weight", None)  # OLMo's LayerNorm has none
+    return vectors if gain is None else vectors * gain
+
+
+class Internals:
+    """A model's internal points by name.
+
+    `blocks` (a list of the layers' modules), `embedding`, `unembedding`, `final_norm`; numbers `layers`, `heads`,
+    `kv_heads` (key and value heads, fewer than `heads` where queries share them), `head_dim` and `width`.
+
+    `root` may be nnsight's view of `model`: the points are then its envoys, to read and set in a trace. The methods
+    that return weights need the model itself. UserError if the architecture is unknown, or has no such heads.
+    """
+
+    def __init__(self, model, root=None):
+        self.model, self.config = model, model.config
+        self.architecture = self.config.model_type
+        if self.architecture not in NAMES:
+            raise UserError(f"architecture = {self.architecture!r}: its parts have no names here; use one of {', '.join(NAMES)}")
+        self.names, root = NAMES[self.architecture], root if root is not None else model
+        self.blocks, self.embedding = part(root, self.names.blocks), part(root, self.names.embedding)
+        self.final_norm, self.unembedding = part(root, self.names.final_norm), root.lm_head
+        self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        self.width = self.config.hidden_size
+        self.kv_heads = getattr(self.config, "num_key_value_heads", None) or self.heads
+        self.head_dim = getattr(self.config, "head_dim", None) or self.width // self.heads
+        for layer, block in enumerate(part(model, self.names.blocks)):
+            found = weight(part(block, self.names.o_proj)).shape[1]
+            if found != self.heads * self.head_dim:
+                raise UserError(f"o_proj of layer {layer}: reads {found} coordinates, which are not {self.heads} heads of "
+                                f"{self.head_dim}; give a model whose attention concatenates its heads")  # fmt: skip
+
+    def attention(self, layer: int):
+        """The attention of a layer: its output is (what it adds to the stream, probabilities)."""
+        return part(self.blocks[layer], self.names.attention)
+
+    def o_proj(self, layer: int):
+        """The projection that reads the heads' mixes of values, end to end: (..., heads * head_dim)."""
+        return part(self.blocks[layer], self.names.o_proj)
+
+    def value_proj(self, layer: int):
+        """The module whose output holds the values; `values` takes them out of it."""
+        return part(self.blocks[layer], self.names.projections[-1])
+
+    def mlp(self, layer: int):
+        """The MLP of a layer."""
+        return self.blocks[layer].mlp
+
+    def input_norm(self, layer: int):
+        """The norm before the attention; None where it reads the stream as it is (OLMo 2, which norms what it adds)."""
+        return part(self.blocks[layer], self.names.input_norm) if self.names.input_norm else None
+
+    def output_norm(self, layer: int):
+        """The norm of what the attention adds to the stream; None but for OLMo 2."""
+        return self.blocks[layer].post_attention_layernorm if self.architecture == "olmo2" else None
+
+    def values(self, projected: torch.Tensor) -> torch.Tensor:
+        """The values (..., head, head_dim) in the output (..., channels) of `value_proj`, a shared one for each head."""
+        value = self._unfused(projected)[-1]
+        clip = getattr(self.config, "clip_qkv", None)  # OLMo bounds queries, keys and values
+        value = value if clip is None else value.clamp(-clip, clip)
+        return value.repeat_interleave(self.heads // value.shape[-2], -2)
+
+    def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each: a shared key or value head is repeated.
+
+        Biases and rotary positions are left out; OLMo 2's norms of queries and keys enter by their gains.
+        """
+        block, attention = self.blocks[layer], self.attention(layer)
+        rows = [weight(part(block, path)).T for path in self.names.projections]
+        for i, name in enumerate(("q_norm", "k_norm")):
+            if hasattr(attention, name):
+                rows[i] = rows[i] * getattr(attention, name).weight
+        split = self._unfused(rows[0]) if len(rows) == 1 else [self._unfused(row)[-1] for row in rows]
+        shared = [matrix.repeat_interleave(self.heads // matrix.shape[-2], -2) for matrix in split]
+        return tuple(matrix.transpose(0, 1) for matrix in shared)
+
+    def w_o(self, layer: int) -> torch.Tensor:
+        """W_O of each head of a layer: (head, head_dim, width)."""
+        return weight(self.o_proj(layer)).T.unflatten(0, (self.heads, self.head_dim))
+
+    def _unfused(self, projected):
+        """Queries, keys and values (..., heads, head_dim) of a fused projection (..., channels); else the one there is."""
+        if len(self.names.projections) > 1:
+            return [projected.unflatten(-1, (-1, self.head_dim))]
+        if self.architecture == "gpt_neox":  # for each head its query, key and value
+            return projected.unflatten(-1, (self.heads, 3, self.head_dim)).unbind(-2)
+        return projected.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
