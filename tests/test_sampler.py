@@ -282,6 +282,17 @@ def test_released_ngram_tables_are_those_of_the_release():
     assert float(-(p.mean(0) * p.mean(0).log()).sum()) == pytest.approx(2.42, abs=0.12)
 
 
+def test_released_ngram_losses_are_those_of_its_own_draws():
+    """The mean loss equals the mean entropy of the mixture it was drawn from, and knowing the tables helps."""
+    corpus = load_process("released-ngram")
+    documents = corpus.documents(range(1500))
+    aware, average = (corpus.token_losses(documents, knows) for knows in (True, False))
+    assert aware.isfinite().all() and float(aware.mean()) < float(average.mean())
+    # importance identity: E[q(x) / p(x)] = 1 for any other distribution q, here the average of the tables
+    ratio = (aware - average).exp()
+    assert float(ratio.mean()) == pytest.approx(1, abs=0.05)
+
+
 def test_released_ngram_has_the_lengths_and_the_unigram_of_its_tables():
     corpus = load_process("released-ngram")
     documents = corpus.documents(range(3000))

@@ -28,7 +28,10 @@ class HashedTables:
         token = torch.arange(1, vocabulary_size, dtype=torch.float64)
         self.probabilities = (token ** -exponent[:, None]) / (token ** -exponent[:, None]).sum(1, keepdim=True)
         self.order_weights = torch.arange(1, len(self.orders) + 1, dtype=torch.float64) ** -1.5
-        self._limits = {}
+        self._limits, powers = {}, [1]
+        for _ in range(self.shortest + self.spread):
+            powers.append((powers[-1] * counter.GOLDEN + 2**63) % 2**64 - 2**63)  # wrapped as tensors wrap
+        self._powers = torch.tensor(powers)
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
@@ -44,25 +47,48 @@ class HashedTables:
         order = torch.tensor(self.orders, device=device)[
             counter.draw(order_limits, counter.subkey(key[:, None], 1 + torch.arange(longest, device=device)))]
         draws = counter.uniform(counter.subkey(key[:, None], 1 + longest + torch.arange(longest, device=device)))
-        # A rolling polynomial hash of each prefix gives the hash of any number of last tokens in one subtraction.
-        prefix = torch.zeros(len(ids), longest + 1, dtype=torch.int64, device=device)
-        powers = torch.ones(longest + 1, dtype=torch.int64)
-        for i in range(longest):
-            powers[i + 1] = powers[i] * counter.GOLDEN
-        powers = powers.to(device)
         tokens = torch.full((len(ids), longest + 1), -1, device=device)
-        last = int(length.max())
-        for t in range(last):
-            context = order[:, t].clamp(max=t)
-            start = prefix.gather(1, (t - context)[:, None])[:, 0]
-            hashed = counter.mix(prefix[:, t] - start * powers[context])
-            table = (hashed >> 1 & 0x3FFFFFFFFFFFFFFF) % self.tables
+        prefix = torch.zeros(len(ids), longest + 1, dtype=torch.int64, device=device)
+        for t in range(int(length.max())):
+            table = self._table(prefix, t, order[:, t])
             found = torch.searchsorted(limits, draws[:, t] + (table << counter.BITS), right=True)
             tokens[:, t] = (found - table * (self.vocabulary_size - 1)).clamp(max=self.vocabulary_size - 2)
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         place = torch.arange(longest + 1, device=device)
         tokens = torch.where(place < length[:, None], tokens, torch.where(place == length[:, None], self.end, -1))
         return _documents(tokens)
+
+    def _table(self, prefix, t, order):
+        """Number of the table that `order` (documents,) last tokens before place t choose.
+
+        A rolling polynomial hash of each prefix (documents, places) gives that of any last tokens in one subtraction.
+        """
+        context = order.clamp(max=t)
+        start = prefix.gather(1, (t - context)[:, None])[:, 0]
+        hashed = counter.mix(prefix[:, t] - start * self._powers.to(prefix.device)[context])
+        return (hashed >> 1 & 0x3FFFFFFFFFFFFFFF) % self.tables
+
+    def token_losses(self, documents, knows_tables=True):
+        """Exact loss of each token of whole documents in nats (tokens,): knowing hash and tables, or their average only.
+
+        The order is hidden, so the first mixes the tables of all orders; both know how document lengths are spread.
+        """
+        document, place = documents.token["document"], documents.token["position"]
+        tokens = torch.zeros(documents.count, int(place.max()) + 1, dtype=torch.int64)
+        tokens[document, place] = documents.tokens
+        prefix, p = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.float64)
+        weights, average = self.order_weights / self.order_weights.sum(), self.probabilities.mean(0)
+        for t in range(tokens.shape[1]):
+            token = tokens[:, t].clamp(max=self.vocabulary_size - 2)
+            p[:, t] = average[token]
+            if knows_tables:
+                tables = [self._table(prefix, t, torch.full_like(token, order)) for order in self.orders]
+                p[:, t] = sum(w * self.probabilities[table, token] for w, table in zip(weights, tables))
+            ending = 1 / (self.shortest + self.spread - t) if t >= self.shortest else 0.0
+            p[:, t] = torch.where(tokens[:, t] == self.end, ending, (1 - ending) * p[:, t])
+            if t + 1 < tokens.shape[1]:
+                prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
+        return -p[document, place].log()
 
 
 class Chain:

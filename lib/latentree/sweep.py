@@ -1,0 +1,77 @@
+"""A measurement along training: every checkpoint of a series through one function, into one tidy table."""
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from latentree.errors import UserError
+from latentree.files import write_text
+from latentree.state import LINE_SECONDS
+
+KEY = "measured.json"  # what the parts beside it are measurements of
+
+
+def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=None, **options) -> pd.DataFrame:
+    """Measure the checkpoints of a series, one in memory at a time; the table (rows of all steps) is written to `table`.
+
+    `series` has `steps` and `load(step, device=..., **options)`; models are loaded with eager attention unless `options`
+    say otherwise. `measure(model)` returns a table, to which a first column `step` is added. `steps` chooses some.
+
+    Each finished checkpoint is kept as a CSV file in a hidden folder beside `table`, and there it stays: a sweep that is
+    started again, or whose series has grown, measures only what is new. `key` (anything JSON holds: the stimuli, their
+    seed) says what is measured; when it, or the series' own `identity`, has changed, everything is measured again.
+
+    UserError for a step without a checkpoint, or rows that already have a column `step`.
+    """
+    table = Path(table)
+    steps = list(series.steps if steps is None else steps)
+    missing = [step for step in steps if step not in series.steps]
+    if missing or not steps:
+        raise UserError(f"steps = {missing or steps}: no such checkpoints; choose among {list(series.steps)}")
+    parts = parts_folder(table, {"key": key, "series": getattr(series, "identity", None)})
+    files = {step: parts / f"step-{step:08d}.csv" for step in steps}
+    left = [step for step, file in files.items() if not file.exists()]
+    for step in told(left, table.stem, len(steps), progress):
+        model = series.load(step, device=device, **{"attn_implementation": "eager"} | options)
+        rows = measure(model)
+        if "step" in rows:
+            raise UserError(f"measure: its table {list(rows)} has a column step; leave it to the sweep")
+        rows.insert(0, "step", step)
+        write_text(files[step], rows.to_csv(index=False))
+        del model  # before the next one is loaded
+    whole = pd.concat([pd.read_csv(files[step], float_precision="round_trip") for step in steps], ignore_index=True)
+    write_text(table, whole.to_csv(index=False))
+    return whole
+
+
+def parts_folder(table: Path, identity: dict) -> Path:
+    """The hidden folder of the parts of `table`, emptied if what is there measures something else."""
+    folder = table.with_name(f".{table.stem}")
+    text = json.dumps(identity, sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    there = folder / KEY
+    if folder.exists() and not (there.exists() and digest in there.read_text(encoding="utf-8")):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(there, json.dumps({"sha256": digest, "measured": identity}, indent=1, default=str))
+    return folder
+
+
+def told(steps, name: str, total: int, show: bool):
+    """Go through `steps`, telling how far it is: a bar in a terminal or a notebook, elsewhere a line now and then."""
+    bar = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    done, started = total - len(steps), time.monotonic()
+    last = started
+    for step in tqdm(steps, name, initial=done, total=total, unit="checkpoint", disable=not bar):
+        yield step
+        done, now = done + 1, time.monotonic()
+        if show and not bar and (now - last > LINE_SECONDS or done == total):
+            last = now
+            line = f"{done} of {total} checkpoints, at step {step}, {now - started:.0f} s"
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
