@@ -32,7 +32,6 @@ def smoke(tmp_path_factory):
     return out, codes
 
 
-@pytest.mark.xdist_group("smoke")
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_executes_and_leaves_its_results(smoke, name):
     out, codes = smoke
@@ -50,7 +49,6 @@ def test_notebook_executes_and_leaves_its_results(smoke, name):
     assert "RuntimeWarning" not in json.dumps(executed)
 
 
-@pytest.mark.xdist_group("smoke")
 def test_results_are_measured_and_not_typed(smoke):
     """At smoke scale nothing is learned: the very claims that hold on the laptop must fail here."""
     out, _ = smoke
@@ -61,7 +59,6 @@ def test_results_are_measured_and_not_typed(smoke):
     assert exact["long-range-pcfg"]["value"] == pytest.approx(0.0285, abs=0.02)
 
 
-@pytest.mark.xdist_group("smoke")
 def test_run_record_names_everything_but_the_machine(smoke):
     out, _ = smoke
     record = json.loads((out / "run.json").read_text())

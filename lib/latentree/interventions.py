@@ -64,6 +64,12 @@ def replaced_logits(model, tokens, replacements, patterns=None) -> torch.Tensor:
     return logits
 
 
+def token_losses(logits, tokens) -> torch.Tensor:
+    """Losses in nats of predicting each next token: (batch, position - 1) from logits (batch, position, vocabulary)."""
+    targets = tokens[:, 1:]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
 def ablated_losses(model, tokens, heads, how, reference=None, seed=0, rows=32) -> torch.Tensor:
     """Losses in nats of predicting each next token, (batch, position - 1), with `heads` [(layer, head), ...] ablated.
 
@@ -92,8 +98,7 @@ def ablated_losses(model, tokens, heads, how, reference=None, seed=0, rows=32) -
         chunk, taken = tokens[here], here if donor is None else donor[here]
         kept = attention_patterns(model, chunk) if how == "pattern" and heads else None
         logits = replaced_logits(model, chunk, {(layer, h): z[layer, taken, :, h] for layer, h in heads}, kept)
-        flat = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), chunk[:, 1:].flatten(), reduction="none")
-        losses.append(flat.view(len(chunk), -1))
+        losses.append(token_losses(logits, chunk))
     return torch.cat(losses)
 
 

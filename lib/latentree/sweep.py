@@ -42,10 +42,9 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
         rows = measure(model)
         if "step" in rows:
             raise UserError(f"measure: its table {list(rows)} has a column step; leave it to the sweep")
-        rows.insert(0, "step", step)
-        write_text(files[step], rows.to_csv(index=False))
+        write_text(files[step], rows.assign(step=step)[["step", *rows]].to_csv(index=False))
         del model  # before the next one is loaded
-    whole = pd.concat([pd.read_csv(files[step], float_precision="round_trip") for step in steps], ignore_index=True)
+    whole = pd.concat([pd.read_csv(files[step]) for step in steps], ignore_index=True)
     write_text(table, whole.to_csv(index=False))
     return whole
 

@@ -1,0 +1,56 @@
+"""Choosing heads without flattering them, intervals over sequences, and the step from which on something is there.
+
+A score is a ratio: what is summed within each sequence, over what is counted there.
+"""
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from latentree.errors import UserError
+
+
+def ratio(sums, counts):
+    """(value, low, high) of sum(sums) / sum(counts) over sequences, the first axis, for tensors that broadcast.
+
+    low and high bound 95 %, by the linearised ratio's standard error (Cochran 1977, 6.4) and Student's t with as many
+    degrees of freedom as sequences count, less one. Not a number where less than 2 count (the value: less than 1).
+    """
+    total, counted = counts.sum(0), (counts > 0).sum(0)
+    value = sums.sum(0) / total
+    spread = ((sums - value * counts) ** 2).sum(0) * counted / (counted - 1)
+    quantile = torch.as_tensor(stats.t.ppf(0.975, (counted - 1).cpu()), device=sums.device)
+    reach = quantile * spread.sqrt() / total
+    return value, value - reach, value + reach
+
+
+def choose_and_score(sums, counts):
+    """The best head, chosen on one half of the sequences and scored on the other, both ways together.
+
+    `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all sequences, and the heads
+    (2,) chosen by the odd and the even ones. The maximum over heads does not bias the value, for no sequence chooses the
+    head that it scores; the interval takes the choice as given.
+    """
+    half = torch.arange(len(sums), device=sums.device) % 2
+    chosen = torch.stack([best_head(sums[half != h], counts[half != h]) for h in (0, 1)])
+    return *ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts), chosen
+
+
+def best_head(sums, counts):
+    """The head with the largest score over all these sequences: sums (sequence, head), counts (sequence,)."""
+    return (sums.sum(0) / counts.sum()).nan_to_num(-torch.inf).argmax()
+
+
+def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
+    """The first step from which on the interval's lower end stays above null + margin; None if it never does.
+
+    `curve` has one row a step, with columns step and low; `null` is a number, or the name of a column (`chance`).
+    UserError for several rows of one step.
+    """
+    if curve["step"].duplicated().any():
+        raise UserError(f"curve: has {len(curve)} rows for {curve['step'].nunique()} steps; choose one curve of the table")
+    curve = curve.sort_values("step")
+    clear = (curve["low"] > (curve[null] if isinstance(null, str) else null) + margin).to_numpy()
+    stays = np.logical_and.accumulate(clear[::-1])[::-1]
+    return int(curve["step"].iloc[stays.argmax()]) if stays.any() else None
