@@ -16,8 +16,9 @@ from latentree.run import output_folder
 NOTEBOOKS = {
     "01_grammar_design": [],
     "02_training": [],
+    "03_induction_heads": ["02_training"],
 }
-TRAINS = {"02_training"}  # these take two threads, the others one
+HEAVY = {"02_training", "03_induction_heads"}  # these take two threads, the others one
 
 PROFILE = config.get("profile", "laptop")
 OUT = output_folder(PROFILE).as_posix()
@@ -51,7 +52,7 @@ for name, after in HERE.items():
         output:
             result=result(name),
             stamp=touch(stamp(name)),
-        threads: 2 if name in TRAINS else 1
+        threads: 2 if name in HEAVY else 1
         priority: -list(HERE).index(name)
         params:
             python=sys.executable,

@@ -25,10 +25,13 @@ def random_model(architecture, **config):
 def caught(model, tokens, **modules):
     """Inputs and outputs of modules, by name, in one run."""
     seen = {}
-    hooks = [
-        module.register_forward_hook(lambda m, given, out, name=name: seen.update({name: (given[0] if given else None, out)}))
-        for name, module in modules.items()
-    ]
+    hooks = []
+    for name, module in modules.items():
+
+        def keep(module, given, out, name=name):
+            seen[name] = (given[0] if given else None, out)
+
+        hooks.append(module.register_forward_hook(keep))
     with torch.no_grad():
         model(input_ids=tokens)
     for hook in hooks:

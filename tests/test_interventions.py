@@ -5,7 +5,7 @@ from test_internals import MODELS, random_model
 from latentree.errors import UserError
 from latentree.internals import Internals
 from latentree.interventions import ablated_losses, another, attention_patterns, head_outputs, replaced_logits
-from latentree.training import next_token_losses
+from latentree.model import next_token_losses
 
 TOKENS = torch.randint(11, (5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -30,7 +30,7 @@ def hooked_losses(model, tokens, replacements, patterns=None):
         hooks.append(inside.value_proj(layer).register_forward_hook(keep))
         hooks.append(inside.o_proj(layer).register_forward_pre_hook(replace))
     with torch.no_grad():
-        losses = next_token_losses(model, tokens)
+        losses = next_token_losses(model(input_ids=tokens).logits, tokens)
     for hook in hooks:
         hook.remove()
     return losses
@@ -61,7 +61,7 @@ def test_ablations_agree_with_plain_hooks(architecture, config):
 def test_what_changes_nothing():
     model = random_model("llama")
     with torch.no_grad():
-        clean, logits = next_token_losses(model, TOKENS), model(input_ids=TOKENS).logits
+        clean, logits = next_token_losses(model(input_ids=TOKENS).logits, TOKENS), model(input_ids=TOKENS).logits
     for how in ("mean", "resample", "pattern"):
         torch.testing.assert_close(ablated_losses(model, TOKENS, [], how), clean, atol=1e-6, rtol=0)
     z, patterns = head_outputs(model, TOKENS), attention_patterns(model, TOKENS)

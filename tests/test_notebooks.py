@@ -17,6 +17,11 @@ CLAIMS = {
     "01_grammar_design": {"long-range-pcfg", "no-long-range-flat", "no-long-range-n-gram", "released-ngram-has-little-to-learn"},
     "02_training": {"latents-recovered", "reaches-in-context-counts", "flat-stays-flat", "flat-above-its-floor",
                     "static-learned-in-weights"},
+    "03_induction_heads": {"induction-on-pcfg", "induction-on-pcfg-exclusive-order-1", "induction-before-bound-words",
+                           "induction-on-released-small", "induction-not-on-flat", "induction-not-on-ngram",
+                           "induction-not-on-released-ngram", "none-before-bound-words-flat", "none-before-bound-words-n-gram",
+                           "as-released-on-bound", "as-released-on-released-small", "as-released-on-bound-flat",
+                           "as-released-not-on-bound-order3", "as-released-not-on-released-ngram", "induction-heads-matter"},
 }
 
 

@@ -12,9 +12,9 @@ import torch
 import latentree.training
 from latentree.checkpoints import LocalSeries
 from latentree.errors import UserError
-from latentree.model import build_model
+from latentree.model import build_model, next_token_losses
 from latentree.optimizers import BatchedMuon, build_optimizers, hidden_matrices, rate_share
-from latentree.training import TrainingConfig, evaluate, next_token_losses, train
+from latentree.training import TrainingConfig, evaluate, train
 
 torch.set_num_threads(1)
 
@@ -93,7 +93,7 @@ def test_held_out_losses_are_those_of_the_checkpoint(finished):
 
 def test_losses_are_those_of_transformers():
     model = build_model("gpt2", 11, 1, 16, 2, 16)
-    assert next_token_losses(model, HELD_OUT).mean().item() == pytest.approx(
+    assert next_token_losses(model(input_ids=HELD_OUT).logits, HELD_OUT).mean().item() == pytest.approx(
         model(input_ids=HELD_OUT, labels=HELD_OUT).loss.item(), rel=1e-5
     )
 
@@ -203,9 +203,9 @@ def test_full_disk_is_told_and_resumes(finished, tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    def spoilt(model, tokens):
-        losses = next_token_losses(model, tokens)
-        return losses * float("inf") if model.training and tokens.shape[0] == 4 and spoilt.count() == 10 else losses
+    def spoilt(logits, tokens):
+        losses = next_token_losses(logits, tokens)
+        return losses * float("inf") if logits.requires_grad and tokens.shape[0] == 4 and spoilt.count() == 10 else losses
 
     calls = []
     spoilt.count = lambda: calls.append(1) or len(calls)

@@ -5,7 +5,7 @@ Ratios are between things timed alternately in this run; absolute numbers change
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import statistics
 import time
@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from latentree.corpus import Stream, load_process
 from latentree.files import read_yaml
-from latentree.model import build_model
+from latentree.model import build_model, next_token_losses
 from latentree.optimizers import build_optimizers
-from latentree.training import TrainingConfig, next_token_losses
+from latentree.training import TrainingConfig
 
 
 def seconds(work, repeats=7):
@@ -48,7 +48,7 @@ def training_speed(name, settings, threads):
     stream = Stream(process, config.batch_sequences, config.context)
 
     def step():
-        next_token_losses(model, batch).mean().backward()
+        next_token_losses(model(input_ids=batch, use_cache=False).logits, batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()

@@ -23,7 +23,7 @@ def copying(model, tokens) -> torch.Tensor:
     inside = Internals(model)
     seen, place = tokens.to(model.device).unique(return_inverse=True)
     present = torch.zeros(len(tokens), len(seen), device=model.device).scatter(1, place, 1.0)
-    pairs = present.sum(1) * (present.sum(1) - 1)
+    pairs = (present.sum(1) * (present.sum(1) - 1)).clamp(min=1)
     embedded, unembedding = inside.embedding.weight[seen], weight(inside.unembedding)[seen]
     scores = []
     for layer in range(inside.layers):
@@ -48,8 +48,8 @@ def k_composition(model, later: tuple[int, int], draws: int = 20, seed: int = 0)
     inside = Internals(model)
     layer, head = later
     if not (0 < layer < inside.layers and 0 <= head < inside.heads):
-        raise UserError(f"later = {later}: has no heads before it in this model; give a layer from 1 to {inside.layers - 1} and "
-                        f"a head below {inside.heads}")  # fmt: skip
+        raise UserError(f"later = {later}: has no heads before it in this model; give a layer from 1 to "
+                        f"{inside.layers - 1} and a head below {inside.heads}")  # fmt: skip
     stream = torch.eye(inside.width, device=model.device)
 
     def reading(at):
@@ -57,10 +57,10 @@ def k_composition(model, later: tuple[int, int], draws: int = 20, seed: int = 0)
 
     w_q, w_k, _ = (reading(layer) @ projection[head] for projection in inside.projections(layer))
 
+    one = torch.eye(inside.head_dim, device=model.device)
+
     def composed(w_v, w_o):
-        together = product_norm(w_v, w_o @ w_k, w_q)
-        return float(together / (product_norm(w_v, torch.eye(inside.head_dim).to(w_o), w_o.T) * product_norm(
-            w_k, torch.eye(inside.head_dim).to(w_k), w_q)))  # fmt: skip
+        return float(product_norm(w_v, w_o @ w_k, w_q) / (product_norm(w_v, one, w_o.T) * product_norm(w_k, one, w_q)))
 
     rows = []
     for before in range(layer):

@@ -1,129 +1,21 @@
-"""Heads that find what followed the current context before: matches in the tokens, scores of heads, behaviour.
+"""Heads that find what followed the current context before: their scores, and what the whole model makes of it.
 
-A score of a head is the attention that it pays to certain targets, averaged over the queries that have some. A match of
-order n is an earlier position j whose last n tokens are the query's own; it is exclusive when the n+1 last ones are not.
-Induction attends to j + 1 (Olsson et al. 2022; by order: Akyurek et al. 2024), a duplicate-token head to j itself.
+A score of a head is the attention that it pays to certain targets (stimuli.py), averaged over the queries that have some.
+Induction attends to what followed a match (Olsson et al. 2022; by order: Akyurek et al. 2024), a duplicate-token head to
+the match itself.
 """
-
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
 
 from latentree.circuits import copying
-from latentree.corpus import held_out
-from latentree.errors import UserError
-from latentree.interventions import token_losses
+from latentree.interventions import check_eager
+from latentree.model import next_token_losses
 from latentree.selection import best_head, choose_and_score, ratio
+from latentree.stimuli import RELEASED, Stimulus, Targets
 
-LONGEST = 10  # orders of matches that are told apart
-RELEASED = "duplicate-token, as released"
 COLUMNS = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high", "chance", "queries"]
-
-
-@dataclass
-class Targets:
-    """Where scores look: attention from `query` to `key` of `sequence` (entries,) counts for score number `score`.
-
-    `names` [(score, order), ...]; `queries` (sequence, score): how many queries of a sequence have a target.
-    """
-
-    names: list
-    sequence: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    score: torch.Tensor
-    queries: torch.Tensor
-
-
-@dataclass
-class Stimulus:
-    """Tokens (sequence, position) to run a model on.
-
-    `document` (sequence, position) numbers the documents, if matches count within one only; `period` is the length in
-    tokens of what is repeated, if something is.
-    """
-
-    tokens: torch.Tensor
-    document: torch.Tensor | None = None
-    period: int | None = None
-
-    @cached_property
-    def targets(self) -> Targets:
-        """The targets of all scores in these tokens."""
-        return find_targets(self)
-
-
-def stimuli(process, sequences: int, context: int, seed: int = 0) -> dict[str, Stimulus]:
-    """Three kinds of `sequences` sequences of `context` tokens.
-
-    - natural: held-out documents, as many as fill the context.
-    - legal repeat: the first half of a natural one, twice.
-    - random repeat: a row of tokens drawn uniformly from the vocabulary with `seed`, twice; no token marks its beginning.
-
-    UserError for an odd context, or less than 2 sequences of 4 tokens.
-    """
-    if context % 2 or context < 4 or sequences < 2:
-        raise UserError(f"context = {context}, sequences = {sequences}: cannot be halved; give an even context from 4 up and 2 "
-                        "sequences or more")  # fmt: skip
-    half = context // 2
-    natural = held_out(process, sequences, context)
-    drawn = torch.randint(process.vocabulary_size, (sequences, half), generator=torch.Generator().manual_seed(seed))
-    return {
-        "natural": Stimulus(natural["tokens"], natural["document"]),
-        "legal repeat": Stimulus(natural["tokens"][:, :half].repeat(1, 2), period=half),
-        "random repeat": Stimulus(drawn.repeat(1, 2), period=half),
-    }
-
-
-def match_orders(tokens, document=None, longest: int = LONGEST):
-    """All matches in tokens (sequence, position): sequence, query, key j < query, and exclusive order, (matches,) each.
-
-    A match does not reach across the boundaries of `document`. Orders above `longest` are given as longest + 1.
-    """
-    document = torch.zeros_like(tokens) if document is None else document
-    found = []
-    for first, (x, d) in enumerate(zip(tokens.split(16), document.split(16), strict=True)):
-        same = (x[:, :, None] == x[:, None]) & (d[:, :, None] == d[:, None])
-        sequence, query, key = same.tril(-1).nonzero().T
-        found.append(torch.stack([sequence + 16 * first, query, key]))
-    sequence, query, key = torch.cat(found, 1)
-    order, longer = torch.ones_like(key), torch.arange(len(key), device=key.device)
-    for back in range(1, longest + 1):
-        longer = longer[key[longer] >= back]  # the matches that may be longer than `back`
-        s, q, j = sequence[longer], query[longer] - back, key[longer] - back
-        same = (tokens[s, q] == tokens[s, j]) & (document[s, q] == document[s, j]) & (document[s, j] == document[s, j + back])
-        longer = longer[same]
-        order[longer] += 1
-    return sequence, query, key, order
-
-
-def find_targets(stimulus: Stimulus) -> Targets:
-    """The targets of each score (a score without an order has order 0).
-
-    - induction: what followed the matches of exclusive order 1 to LONGEST; of any order, however long, as order 0.
-    - duplicate-token: the matches themselves, of any order.
-    - previous-token: the token before the query.
-    - in a repeat, what the release calls induction of order k: the same token one period earlier, for the queries of
-      the repeat but the first k.
-    """
-    tokens = stimulus.tokens
-    sequence, query, key, order = match_orders(tokens, stimulus.document)
-    named = {("induction", n): (sequence[order == n], query[order == n], key[order == n] + 1) for n in range(1, LONGEST + 1)}
-    named |= {("induction", 0): (sequence, query, key + 1), ("duplicate-token", 0): (sequence, query, key)}
-    s, q = torch.ones_like(tokens[:, 1:]).nonzero().T
-    named["previous-token", 0] = s, q + 1, q
-    for k in range(1, min(LONGEST + 1, stimulus.period or 0)):
-        s, q = torch.ones_like(tokens[:, stimulus.period + k :]).nonzero().T
-        named[RELEASED, k] = s, q + stimulus.period + k, q + k
-    queries = tokens.new_zeros(len(tokens), len(named))
-    for i, (s, q, _) in enumerate(named.values()):
-        queries[:, i] = torch.zeros_like(tokens).index_put((s, q), torch.ones_like(s)).sum(1)
-    score = torch.arange(len(named)).repeat_interleave(torch.tensor([len(s) for s, _, _ in named.values()]))
-    columns = (torch.cat(column) for column in zip(*named.values(), strict=True))
-    return Targets(list(named), *columns, score.to(tokens.device), queries)
 
 
 def attention_sums(attention, targets: Targets, first: int = 0) -> torch.Tensor:
@@ -134,7 +26,8 @@ def attention_sums(attention, targets: Targets, first: int = 0) -> torch.Tensor:
     """
     batch, scores = len(attention), len(targets.names)
     here = (targets.sequence >= first) & (targets.sequence < first + batch)
-    s, q, k, score = (x[here].to(attention.device) for x in (targets.sequence - first, targets.query, targets.key, targets.score))
+    entries = (targets.sequence - first, targets.query, targets.key, targets.score)
+    s, q, k, score = (entry[here].to(attention.device) for entry in entries)
     paid = attention[s, :, q, k].double()
     return paid.new_zeros(batch * scores, attention.shape[1]).index_add(0, s * scores + score, paid).view(batch, scores, -1)
 
@@ -179,6 +72,7 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     `model`: loss (nats a token), in-context gain, second-copy gain (nats; layer and head are -1). Copying is the OV
     circuit's (circuits.py). low and high bound 95 % over sequences, chance is uniform attention's score.
     """
+    check_eager(model)
     tables = []
     for name, stimulus in stimuli.items():
         sums, losses = [], []
@@ -186,12 +80,13 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
             chunk = stimulus.tokens[first : first + rows].to(model.device)
             out = model(input_ids=chunk, use_cache=False, output_attentions=True)
             sums.append(torch.cat([attention_sums(layer, stimulus.targets, first) for layer in out.attentions], 2).cpu())
-            losses.append(token_losses(out.logits, chunk).double().cpu())
+            losses.append(next_token_losses(out.logits, chunk).double().cpu())
         scores = torch.cat([torch.cat(sums), copying(model, stimulus.tokens)[:, None]], 1)
         both = [head_rows(scores, stimulus.targets), model_rows(torch.cat(losses), stimulus)]
         tables.append(pd.concat(both, ignore_index=True).assign(stimulus=name))
     table, heads = pd.concat(tables, ignore_index=True), model.config.num_attention_heads
-    return table.assign(layer=table["head"] // heads, head=table["head"].where(table["head"] < 0, table["head"] % heads))[COLUMNS]
+    number = table["head"]
+    return table.assign(layer=number // heads, head=(number % heads).where(number >= 0, -1))[COLUMNS]
 
 
 def head_rows(sums, targets: Targets) -> pd.DataFrame:

@@ -75,7 +75,8 @@ class Internals:
         self.model, self.config = model, model.config
         self.architecture = self.config.model_type
         if self.architecture not in NAMES:
-            raise UserError(f"architecture = {self.architecture!r}: its parts have no names here; use one of {', '.join(NAMES)}")
+            known = ", ".join(NAMES)
+            raise UserError(f"architecture = {self.architecture!r}: its parts have no names here; use one of {known}")
         self.names, root = NAMES[self.architecture], root if root is not None else model
         self.blocks, self.embedding = part(root, self.names.blocks), part(root, self.names.embedding)
         self.final_norm, self.unembedding = part(root, self.names.final_norm), root.lm_head

@@ -5,11 +5,11 @@ adds to the residual stream is z @ W_O (internals.py).
 """
 
 import torch
-import torch.nn.functional as F
 from nnsight import NNsight
 
 from latentree.errors import UserError
 from latentree.internals import Internals
+from latentree.model import next_token_losses
 
 WAYS = ("mean", "resample", "pattern")
 
@@ -30,9 +30,7 @@ def attention_patterns(model, tokens) -> torch.Tensor:
 
     UserError unless the model was loaded with attn_implementation="eager": the others do not compute them.
     """
-    kind = model.config._attn_implementation
-    if kind != "eager":
-        raise UserError(f"attn_implementation = {kind!r}: gives no attention patterns; load the model with 'eager'")
+    check_eager(model)
     return torch.stack(model(input_ids=tokens, use_cache=False, output_attentions=True).attentions)
 
 
@@ -64,12 +62,6 @@ def replaced_logits(model, tokens, replacements, patterns=None) -> torch.Tensor:
     return logits
 
 
-def token_losses(logits, tokens) -> torch.Tensor:
-    """Losses in nats of predicting each next token: (batch, position - 1) from logits (batch, position, vocabulary)."""
-    targets = tokens[:, 1:]
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-
-
 def ablated_losses(model, tokens, heads, how, reference=None, seed=0, rows=32) -> torch.Tensor:
     """Losses in nats of predicting each next token, (batch, position - 1), with `heads` [(layer, head), ...] ablated.
 
@@ -98,7 +90,7 @@ def ablated_losses(model, tokens, heads, how, reference=None, seed=0, rows=32) -
         chunk, taken = tokens[here], here if donor is None else donor[here]
         kept = attention_patterns(model, chunk) if how == "pattern" and heads else None
         logits = replaced_logits(model, chunk, {(layer, h): z[layer, taken, :, h] for layer, h in heads}, kept)
-        losses.append(token_losses(logits, chunk))
+        losses.append(next_token_losses(logits, chunk))
     return torch.cat(losses)
 
 
@@ -111,6 +103,13 @@ def another(count: int, seed: int) -> torch.Tensor:
         raise UserError(f"tokens: has {count} sequence, and resampling needs another one; give 2 or more")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return torch.empty_like(order).scatter(0, order, order.roll(1))
+
+
+def check_eager(model) -> None:
+    """Raises UserError unless the model's attention computes probabilities that can be read."""
+    kind = model.config._attn_implementation
+    if kind != "eager":
+        raise UserError(f"attn_implementation = {kind!r}: gives no attention patterns; load the model with 'eager'")
 
 
 def check_heads(inside: Internals, heads) -> None:

@@ -1,6 +1,7 @@
 """Causal language models of transformers, built from a few numbers and a seed, with no pretrained weights."""
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from latentree.errors import UserError
@@ -105,3 +106,9 @@ def parameter_count(model: torch.nn.Module, embeddings: bool = True) -> int:
     tables = [] if embeddings else [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     left_out = {id(table) for table in tables}
     return sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in left_out)
+
+
+def next_token_losses(logits, tokens) -> torch.Tensor:
+    """Losses in nats of predicting each next token: (batch, position - 1) from logits (batch, position, vocabulary)."""
+    targets = tokens[:, 1:]
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

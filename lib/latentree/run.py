@@ -97,8 +97,9 @@ def execute(notebook: Path, partial: Path, values: dict, timeout: float | None, 
     short = "/tmp" if os.access("/tmp", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="latentree-", dir=short, ignore_cleanup_errors=True) as private:
         environment = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "JUPYTER_PATH")}
-        # OpenMP threads that spin while they wait make two processes on shared cores ten times slower
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | environment
+        # OpenMP threads that spin long while they wait make two processes on shared cores ten times slower, and threads
+        # that sleep at once make one process a third slower; this is long enough for one and short enough for two.
+        environment = {"GOMP_SPINCOUNT": "10000"} | environment
         environment |= {"IPYTHONDIR": f"{private}/ipython", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
         environment |= {f"JUPYTER_{kind}_DIR": f"{private}/{kind.lower()}" for kind in ("RUNTIME", "CONFIG", "DATA")}
         # What papermill and the kernel say goes with the progress: standard error has one line of our own.

@@ -42,6 +42,21 @@ def best_head(sums, counts):
     return (sums.sum(0) / counts.sum()).nan_to_num(-torch.inf).argmax()
 
 
+def control_heads(chosen, heads: int, seed: int = 0) -> list[tuple[int, int]]:
+    """As many heads as `chosen` [(layer, head), ...], drawn with `seed` from the other heads of the same layers.
+
+    `heads` is the number of heads in a layer. UserError if a layer has too few others.
+    """
+    generator, drawn = np.random.default_rng(seed), []
+    for layer in sorted({layer for layer, _ in chosen}):
+        others = [head for head in range(heads) if (layer, head) not in chosen]
+        needed = heads - len(others)
+        if needed > len(others):
+            raise UserError(f"chosen: has {needed} of the {heads} heads of layer {layer}; choose at most half of them")
+        drawn += [(layer, int(head)) for head in sorted(generator.choice(others, needed, replace=False))]
+    return drawn
+
+
 def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
     """The first step from which on the interval's lower end stays above null + margin; None if it never does.
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
@@ -21,7 +20,7 @@ from latentree.checkpoints import IDENTITY, checkpoint_steps, remove_partial, sa
 from latentree.corpus import Stream
 from latentree.errors import UserError
 from latentree.files import write_text
-from latentree.model import build_model, check_sizes, parameter_count
+from latentree.model import build_model, check_sizes, next_token_losses, parameter_count
 from latentree.optimizers import build_optimizers, rate_share
 from latentree.state import Progress, Reporter, check_folder, full_disk_told, keep_freed_memory
 from latentree.state import load_state, remove_states, save_state
@@ -141,7 +140,8 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-        loss = next_token_losses(model, stream.next_batch()).mean()
+        tokens = stream.next_batch()
+        loss = next_token_losses(model(input_ids=tokens, use_cache=False).logits, tokens).mean()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
@@ -178,18 +178,11 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
     accelerator.wait_for_everyone()
 
 
-def next_token_losses(model, tokens):
-    """Losses in nats of predicting each next token: (sequences, context - 1) from tokens (sequences, context)."""
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    targets = tokens[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-
-
 @torch.no_grad()
 def evaluate(model, tokens, rows):
-    """`next_token_losses` of held-out `tokens`, `rows` sequences at a time, as float64 on the CPU."""
+    """`next_token_losses` on held-out `tokens`, `rows` sequences at a time, as float64 on the CPU."""
     model.eval()
-    losses = [next_token_losses(model, chunk).double().cpu() for chunk in tokens.split(rows)]
+    losses = [next_token_losses(model(input_ids=chunk, use_cache=False).logits, chunk).double().cpu() for chunk in tokens.split(rows)]
     model.train()
     return torch.cat(losses)
 
