@@ -1,4 +1,4 @@
-# make run      executes the notebooks of a profile (PROFILE=smoke, laptop, gpu or paper) into outputs/
+# make run      executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/
 # make test     runs all tests
 # make bench    times the main steps on this machine
 PYTHON ?= python3

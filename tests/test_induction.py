@@ -15,7 +15,8 @@ from latentree.interventions import ablated_losses
 from latentree.model import build_model
 from latentree.ngrams import Chain, HashedTables
 from latentree.sampler import GrammarProcess
-from latentree.selection import choose_and_score, control_heads, emergence_step, ratio
+from latentree.selection import choose_and_score, control_heads, emergence_step
+from latentree.statistics import ratio
 from latentree.stimuli import BOUND, LONGEST, RELEASED, Stimulus, match_orders, matched, stimuli
 from latentree.sweep import sweep
 

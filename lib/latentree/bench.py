@@ -1,6 +1,6 @@
 """Speed on the machine at hand: python -m latentree.bench prints one Markdown table, medians of one run.
 
-Ratios are between things timed alternately in this run; absolute numbers change with the machine and its other work.
+Ratios are between medians of this run; absolute numbers change with the machine and its other work.
 """
 
 import os
@@ -16,8 +16,10 @@ from accelerate import Accelerator
 
 from latentree.corpus import Stream, load_process
 from latentree.files import read_yaml
+from latentree.induction import measure
 from latentree.model import build_model, next_token_losses
 from latentree.optimizers import build_optimizers
+from latentree.stimuli import stimuli
 from latentree.training import TrainingConfig
 
 
@@ -59,6 +61,15 @@ def training_speed(name, settings, threads):
     return seconds(step, 15), drawing, config.batch_sequences * config.context
 
 
+def measuring_speed(settings):
+    """Seconds to measure one checkpoint of the laptop's model for notebook 03, all scores on three stimuli."""
+    process, config = load_process("bound"), TrainingConfig(**settings)
+    model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
+    model.set_attn_implementation("eager")
+    shown = stimuli(process, 128, config.context)
+    return seconds(lambda: measure(model.eval(), shown), 3)
+
+
 def main():
     laptop = read_yaml("params/laptop/02_training.yaml")
     settings = {name: laptop[name] for name in ("layers", "width", "heads", "context", "batch_sequences", "optimizer")}
@@ -68,7 +79,8 @@ def main():
     for threads in (1, cores) if cores > 1 else (1,):
         step, drawing, tokens = training_speed("bound", settings, threads)
         rows.append((f"training step, laptop model, {threads} threads", f"{tokens / step:,.0f} tokens/s ({1000 * step:.0f} ms)"))
-        rows.append((f"corpus stream's share of that step, bound, {threads} threads", f"{100 * drawing / step:.2f} %"))
+        rows.append((f"corpus stream's share of that step (limit 3 %), {threads} threads", f"{100 * drawing / step:.2f} %"))
+    rows.append((f"induction scores of 20 checkpoints, {cores} threads", f"{20 * measuring_speed(settings):.0f} s"))
     print(pd.DataFrame(rows, columns=["what", "median"]).to_markdown(index=False))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .errors import UserError
-from .parsing import PrefixParser
+from latentree.errors import UserError
+from latentree.parsing import PrefixParser
 
 SUBSETS = 16  # a habit's marginal is exact by enumerating which parents share it, up to this many parents
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from . import counter
-from .errors import UserError
-from .files import read_yaml
-from .grammar import Grammar
-from .ngrams import Chain, HashedTables
-from .sampler import HELD_OUT, GrammarProcess
+from latentree import counter
+from latentree.errors import UserError
+from latentree.files import read_yaml
+from latentree.grammar import Grammar
+from latentree.ngrams import Chain, HashedTables
+from latentree.sampler import HELD_OUT, GrammarProcess
 
 SHUFFLED_TOGETHER = 1 << 16  # documents whose order is shuffled as one block, where documents share latents
 BLOCK_TOKENS = 1 << 17  # tokens sampled at a time
@@ -134,9 +134,10 @@ def windows(process, sequences, context, first=0, device="cpu", annotate=None):
     """
     per_row = max(1, int(context / process.mean_document_length) + 1)
     while True:
-        if first >= HELD_OUT and process.held_out_limit and sequences * per_row > process.held_out_limit:
-            raise UserError(f"{process.name}: {sequences} held-out sequences of {context} tokens need {sequences * per_row} "
-                            f"documents, but exclude_held_out keeps {process.held_out_limit} out of training; ask for fewer")
+        needed = first - HELD_OUT + sequences * per_row
+        if first >= HELD_OUT and process.held_out_limit and needed > process.held_out_limit:
+            raise UserError(f"{process.name}: {sequences} held-out sequences of {context} tokens need {needed} documents, but "
+                            f"exclude_held_out keeps {process.held_out_limit} out of training; ask for fewer")
         documents = process.documents(first + torch.arange(sequences * per_row), device)
         packed, lengths = pack(documents, per_row)
         if int(lengths.min()) >= context:

@@ -13,8 +13,8 @@ import nltk
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import UserError
-from .files import read_yaml
+from latentree.errors import UserError
+from latentree.files import read_yaml
 
 LEVELS = ("corpus", "document", "section", "paragraph", "sentence")
 END = "end"  # the role that closes every sentence: one token, the last of the vocabulary

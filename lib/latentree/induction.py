@@ -12,7 +12,8 @@ import torch
 from latentree.circuits import copying
 from latentree.interventions import check_eager
 from latentree.model import next_token_losses
-from latentree.selection import best_head, choose_and_score, ratio
+from latentree.selection import best_head, choose_and_score
+from latentree.statistics import ratio
 from latentree.stimuli import RELEASED, Stimulus, Targets
 
 COLUMNS = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high", "chance", "queries"]

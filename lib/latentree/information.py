@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from .errors import UserError
+from latentree.errors import UserError
 
 
 def estimated(documents, distances, labels):
@@ -20,6 +20,8 @@ def estimated(documents, distances, labels):
     values = []
     for distance in distances:
         same = document[distance:] == document[:-distance]
+        if not same.any():
+            raise UserError(f"distance = {distance}: no two tokens of a document are so far apart; give a smaller one")
         cell = ((document[distance:] % 2 * size + label[:-distance]) * size + label[distance:])[same]
         halves = torch.bincount(cell, minlength=2 * size**2).double().view(2, size, size)
         whole, even, odd = (mutual_information(table / table.sum()) for table in (halves.sum(0), *halves))
@@ -72,6 +74,8 @@ def exact(grammar, distances, words=True):
         reached = reached @ inside
         reached[1:] += crossing
         total = (left * reached).sum()
+        if total == 0:
+            raise UserError(f"distance = {distance}: no document of {grammar.name} is so long; give a smaller one")
         within, across = sentences * reached[0] / total, (left * reached)[1:].sum(0) / total
         pairs = membership.T @ (within + across) @ membership
         information = float(mutual_information(pairs))

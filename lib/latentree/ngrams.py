@@ -2,9 +2,9 @@
 
 import torch
 
-from . import counter
-from .errors import UserError
-from .sampler import Documents, position_within
+from latentree import counter
+from latentree.errors import UserError
+from latentree.sampler import Documents, position_within
 
 
 class HashedTables:

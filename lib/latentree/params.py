@@ -44,6 +44,8 @@ LIMITS = {
     "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0, "one or more, distinct, 0 or above"),
     "corpora": (lambda names: len(set(names)) == len(names) > 0, "one or more, distinct"),
     "tokens": (lambda counts: len(counts) > 0 and min(counts) > 0, "a number greater than 0 for each corpus"),
+    "margin": (lambda margin: margin >= 0, "0 or more"),
+    "corpus_seed": (lambda seed: seed >= 0, "0 or more"),
     "learning_rate": RATE,
     "muon_learning_rate": RATE,
 }

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from .grammar import END
+from latentree.grammar import END
 
 
 class PrefixParser:

@@ -8,9 +8,9 @@ shape's weight is its probability times that of the sentence's words so far.
 import numpy as np
 import torch
 
-from .corpus import held_out, windows
-from .errors import UserError
-from .parsing import PrefixParser
+from latentree.corpus import held_out, windows
+from latentree.errors import UserError
+from latentree.parsing import PrefixParser
 
 
 def token_losses(grammar, documents, latent_aware=True):

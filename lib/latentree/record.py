@@ -20,7 +20,7 @@ import latentree
 from latentree.errors import UserError
 from latentree.files import write_text
 
-PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy statsmodels papermill".split()
+PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy papermill".split()
 
 
 def project_root() -> Path:

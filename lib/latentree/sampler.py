@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from . import counter
-from .errors import UserError
-from .grammar import END, LEVELS, Grammar
+from latentree import counter
+from latentree.errors import UserError
+from latentree.grammar import END, LEVELS, Grammar
 
 HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
 

@@ -6,23 +6,9 @@ A score is a ratio: what is summed within each sequence, over what is counted th
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
 from latentree.errors import UserError
-
-
-def ratio(sums, counts):
-    """(value, low, high) of sum(sums) / sum(counts) over sequences, the first axis, for tensors that broadcast.
-
-    low and high bound 95 %, by the linearised ratio's standard error (Cochran 1977, 6.4) and Student's t with as many
-    degrees of freedom as sequences count, less one. Not a number where less than 2 count (the value: less than 1).
-    """
-    total, counted = counts.sum(0), (counts > 0).sum(0)
-    value = sums.sum(0) / total
-    spread = ((sums - value * counts) ** 2).sum(0) * counted / (counted - 1)
-    quantile = torch.as_tensor(stats.t.ppf(0.975, (counted - 1).cpu()), device=sums.device)
-    reach = quantile * spread.sqrt() / total
-    return value, value - reach, value + reach
+from latentree.statistics import ratio
 
 
 def choose_and_score(sums, counts):

@@ -1,6 +1,7 @@
 """Intervals: bootstrap over independent units (sequences, documents), and over seeds."""
 
 import numpy as np
+import torch
 from scipy import stats
 
 
@@ -26,6 +27,20 @@ def t_interval(values, level=0.95):
         return mean, float("nan"), float("nan")
     reach = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
     return mean, mean - float(reach), mean + float(reach)
+
+
+def ratio(sums, counts):
+    """(value, low, high) of sum(sums) / sum(counts) over sequences, the first axis, for tensors that broadcast.
+
+    low and high bound 95 %, by the linearised ratio's standard error (Cochran 1977, 6.4) and Student's t with as many
+    degrees of freedom as sequences count, less one. Not a number where less than 2 count (the value: less than 1).
+    """
+    total, counted = counts.sum(0), (counts > 0).sum(0)
+    value = sums.sum(0) / total
+    spread = ((sums - value * counts) ** 2).sum(0) * counted / (counted - 1)
+    quantile = torch.as_tensor(stats.t.ppf(0.975, (counted - 1).cpu()), device=sums.device)
+    reach = quantile * spread.sqrt() / total
+    return value, value - reach, value + reach
 
 
 def recovered_share(loss, without, aware):

@@ -25,7 +25,8 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
 
     Each finished checkpoint is kept as a CSV file in a hidden folder beside `table`, and there it stays: a sweep that is
     started again, or whose series has grown, measures only what is new. `key` (anything JSON holds: the stimuli, their
-    seed) says what is measured; when it, or the series' own `identity`, has changed, everything is measured again.
+    seed) says what is measured; when it, the series' own `identity` or this library has changed, everything is measured
+    again.
 
     UserError for a step without a checkpoint, or rows that already have a column `step`.
     """
@@ -34,7 +35,7 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
     missing = [step for step in steps if step not in series.steps]
     if missing or not steps:
         raise UserError(f"steps = {missing or steps}: no such checkpoints; choose among {list(series.steps)}")
-    parts = parts_folder(table, {"key": key, "series": getattr(series, "identity", None)})
+    parts = parts_folder(table, {"key": key, "series": getattr(series, "identity", None), "library": library_digest()})
     files = {step: parts / f"step-{step:08d}.csv" for step in steps}
     left = [step for step, file in files.items() if not file.exists()]
     for step in told(left, table.stem, len(steps), progress):
@@ -47,6 +48,12 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
     whole = pd.concat([pd.read_csv(files[step]) for step in steps], ignore_index=True)
     write_text(table, whole.to_csv(index=False))
     return whole
+
+
+def library_digest() -> str:
+    """A hash of this library's source."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def parts_folder(table: Path, identity: dict) -> Path:
