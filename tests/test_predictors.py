@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from grammars import RECURSIVE, make
-from latentree.ceilings import expected
+from latentree.ceilings import expected, syntax_entropy
 from latentree.errors import UserError
 from latentree.predictors import counts_losses, fit_smoothing, predictive, role_losses, token_losses
 from latentree.sampler import GrammarProcess
@@ -108,6 +108,15 @@ def test_recursive_losses_factor_into_roles_and_words():
     with pytest.raises(UserError, match="set shared to 0"):
         shared = make(RECURSIVE, shared=0.5)
         token_losses(shared, GrammarProcess(shared).documents([0]))
+
+
+def test_syntax_entropy_of_a_recursive_grammar():
+    """Every string has one derivation, so the entropy of derivations is the expected loss of the best syntax predictor."""
+    grammar = make("Sentence -> 'noun' 'verb' [0.6] | 'and' Sentence [0.4]")
+    documents = GrammarProcess(grammar).documents(range(3000))
+    per_sentence = float(role_losses(grammar, documents).sum()) / int((documents.tokens == grammar.end).sum())
+    assert syntax_entropy(grammar) == pytest.approx(-(0.6 * np.log(0.6) + 0.4 * np.log(0.4)) / 0.6)
+    assert per_sentence == pytest.approx(syntax_entropy(grammar), rel=0.03)
 
 
 def test_counts_predictor_by_hand():

@@ -91,7 +91,7 @@ def test_bad_input_is_named(table):
 
 def test_progress_is_told_in_lines(table, capsys):
     sweep(Series(0, 3), measure, table)
-    assert "03_scores: 2 of 2 checkpoints, at step 3" in capsys.readouterr().err
+    assert "03_scores: 2 of 2 checkpoints, step 3" in capsys.readouterr().err
 
 
 def test_training_run(tmp_path, table):

@@ -1,21 +1,17 @@
-"""What lets a training go on exactly where it was killed, and what it shows and does to the machine on its way."""
+"""What lets a training go on exactly where it was killed, and what it does to the machine on its way."""
 
 import ctypes
 import errno
 import os
 import shutil
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from latentree.checkpoints import IDENTITY, PARTIAL, LocalSeries, read_identity, remove_partial
 from latentree.errors import UserError
 
-LINE_SECONDS = 10  # between lines of progress where there is no terminal
 
 
 def check_folder(folder: Path, identity: dict) -> None:
@@ -124,29 +120,3 @@ class Progress:
     def load_state_dict(self, state):
         """Go back to where `state` was taken."""
         vars(self).update(state)
-
-
-class Reporter:
-    """Progress in tokens: a bar in a terminal or a notebook, elsewhere a line every LINE_SECONDS; nothing if not `show`."""
-
-    def __init__(self, name: str, total: int, done: int, show: bool):
-        self.name, self.total, self.first, self.show = name, total, done, show
-        self.started = self.told = time.monotonic()
-        bar = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-        self.bar = tqdm(desc=name, total=total, initial=done, unit="tok", unit_scale=True, mininterval=0.5, disable=not bar)
-
-    def __call__(self, tokens: int, loss: float) -> None:
-        """Tell that `tokens` are done in all, and the latest loss in nats."""
-        self.bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        self.bar.update(tokens - self.bar.n)
-        now = time.monotonic()
-        if self.show and self.bar.disable and (now - self.told > LINE_SECONDS or tokens == self.total):
-            self.told = now
-            speed = (tokens - self.first) / max(now - self.started, 1e-9)
-            left = (self.total - tokens) / max(speed, 1e-9)
-            line = f"{tokens:,} of {self.total:,} tokens, loss {loss:.3f} nats, {speed:,.0f} tokens/s, {left:.0f} s left"
-            print(f"{self.name}: {line}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """The end of the bar."""
-        self.bar.close()

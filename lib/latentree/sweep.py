@@ -3,16 +3,13 @@
 import hashlib
 import json
 import shutil
-import sys
-import time
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from latentree.errors import UserError
 from latentree.files import write_text
-from latentree.state import LINE_SECONDS
+from latentree.progress import Reporter
 
 KEY = "measured.json"  # what the parts beside it are measurements of
 
@@ -38,13 +35,16 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
     parts = parts_folder(table, {"key": key, "series": getattr(series, "identity", None), "library": library_digest()})
     files = {step: parts / f"step-{step:08d}.csv" for step in steps}
     left = [step for step, file in files.items() if not file.exists()]
-    for step in told(left, table.stem, len(steps), progress):
+    report = Reporter(table.stem, len(steps), len(steps) - len(left), "checkpoints", progress)
+    for number, step in enumerate(left, start=len(steps) - len(left) + 1):
         model = series.load(step, device=device, **{"attn_implementation": "eager"} | options)
         rows = measure(model)
         if "step" in rows:
             raise UserError(f"measure: its table {list(rows)} has a column step; leave it to the sweep")
         write_text(files[step], rows.assign(step=step)[["step", *rows]].to_csv(index=False))
         del model  # before the next one is loaded
+        report(number, f"step {step}")
+    report.close()
     whole = pd.concat([pd.read_csv(files[step]) for step in steps], ignore_index=True)
     write_text(table, whole.to_csv(index=False))
     return whole
@@ -67,17 +67,3 @@ def parts_folder(table: Path, identity: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(there, json.dumps({"sha256": digest, "measured": identity}, indent=1, default=str))
     return folder
-
-
-def told(steps, name: str, total: int, show: bool):
-    """Go through `steps`, telling how far it is: a bar in a terminal or a notebook, elsewhere a line now and then."""
-    bar = show and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-    done, started = total - len(steps), time.monotonic()
-    last = started
-    for step in tqdm(steps, name, initial=done, total=total, unit="checkpoint", disable=not bar):
-        yield step
-        done, now = done + 1, time.monotonic()
-        if show and not bar and (now - last > LINE_SECONDS or done == total):
-            last = now
-            line = f"{done} of {total} checkpoints, at step {step}, {now - started:.0f} s"
-            print(f"{name}: {line}", file=sys.stderr, flush=True)

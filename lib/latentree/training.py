@@ -22,7 +22,8 @@ from latentree.errors import UserError
 from latentree.files import write_text
 from latentree.model import build_model, check_sizes, next_token_losses, parameter_count
 from latentree.optimizers import build_optimizers, rate_share
-from latentree.state import Progress, Reporter, check_folder, full_disk_told, keep_freed_memory
+from latentree.progress import Reporter
+from latentree.state import Progress, check_folder, full_disk_told, keep_freed_memory
 from latentree.state import load_state, remove_states, save_state
 
 LOG_ROWS = 500  # rows of losses.csv, about
@@ -131,7 +132,8 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
     checkpoints = set(checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log))
     log_every = max(1, config.steps // LOG_ROWS)
     window, started, saved = [], time.monotonic() - run.seconds, time.monotonic()
-    report = Reporter(process.name, config.steps * batch_tokens, run.step * batch_tokens, show and accelerator.is_main_process)
+    show = show and accelerator.is_main_process
+    report = Reporter(process.name, config.steps * batch_tokens, run.step * batch_tokens, "tokens", show)
     if run.step == 0:
         record(run, config, accelerator, model, held_out, folder)
 
@@ -158,7 +160,7 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
         check_finite(mean + float(norm), run.step, folder)
         run.losses.append((run.step, run.step * batch_tokens, mean, config.learning_rate * share))
         run.seconds = time.monotonic() - started
-        report(run.step * batch_tokens, mean)
+        report(run.step * batch_tokens, f"loss {mean:.3f} nats")
         if run.step in checkpoints:
             record(run, config, accelerator, model, held_out, folder)
         late = broadcast_object_list([time.monotonic() - saved > config.state_every_seconds])[0]
