@@ -1,5 +1,6 @@
 """Parameters are declared once and refused early: by the function, by the command, and inside the notebook."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,3 +126,11 @@ def test_validate_checks_current_values_of_annotated_names():
     assert validate(namespace) == SimpleNamespace(seed=1, seeds=[0])
     with pytest.raises(UserError, match="write 1.0e-3"):
         validate({"__annotations__": {"learning_rate": float}, "learning_rate": "1e-3"})
+
+
+def test_a_kernel_started_in_the_notebooks_folder_works_from_the_root(tmp_path, monkeypatch):
+    (tmp_path / "params").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    validate({})
+    assert Path.cwd() == tmp_path

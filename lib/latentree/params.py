@@ -4,8 +4,10 @@ import ast
 import difflib
 import inspect
 import io
+import os
 import tokenize
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
@@ -147,8 +149,11 @@ def as_yaml_number(text: str, type_name: str) -> str:
 def validate(namespace: dict) -> SimpleNamespace:
     """Check the parameters inside the notebook, as `validate(globals())` in the cell after the parameters cell.
 
-    Names and types are the annotations that the parameters cell left; values are the current ones, injected or not.
+    Jupyter starts a kernel in the notebook's folder: the nearest folder above that holds params/ becomes the working
+    folder, so that paths are told from the project's root. Names and types are the annotations that the parameters cell left; values are the current ones, injected or not.
     """
+    here = Path.cwd()
+    os.chdir(next((folder for folder in (here, *here.parents) if (folder / "params").is_dir()), here))
     types = {name: inspect.formatannotation(type_) for name, type_ in namespace.get("__annotations__", {}).items()}
     known = {name: Declaration(type_, None, "") for name, type_ in types.items() if type_ in TYPES}
     return SimpleNamespace(**check({name: namespace[name] for name in known}, known))
