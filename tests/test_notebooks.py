@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from latentree.params import check, declared, load
+from latentree.run import CELL_ERROR, output_folder
 from latentree.run import main as run
-from latentree.run import output_folder
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -77,6 +77,16 @@ def test_run_record_names_everything_but_the_machine(smoke):
     for entry in record["notebooks"].values():
         assert entry["wall_seconds"] > 0 and entry["peak_memory_gb"] > 0 and entry["seeds"] == [0]
     assert str(out) not in json.dumps(record)
+
+
+def test_unknown_corpus_is_told_in_one_line_and_leaves_nothing(tmp_path, capfd):
+    params = tmp_path / "wrong.yaml"
+    params.write_text("profile: smoke\ncorpus: bouund\n")
+    assert run([str(NOTEBOOKS[0]), "--params", str(params), "--out", str(tmp_path / "out")]) == CELL_ERROR
+    line = capfd.readouterr().err.strip()
+    assert "\n" not in line and "corpus 'bouund': no file params/grammars/bouund.yaml; corpora there: bound, " in line
+    assert [path.name for path in (tmp_path / "out").glob("*.ipynb")] == ["01_grammar_design.failed.ipynb"]
+    assert not list((tmp_path / "out" / "results").iterdir())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

@@ -8,6 +8,7 @@ import torch
 from grammars import RECURSIVE, make
 from latentree.ceilings import expected, syntax_entropy
 from latentree.errors import UserError
+from latentree.parsing import PrefixParser
 from latentree.predictors import counts_losses, fit_smoothing, predictive, role_losses, token_losses
 from latentree.sampler import GrammarProcess
 
@@ -83,19 +84,16 @@ def test_ceilings_are_ordered_and_total_is_exact_where_roles_are_not():
 
 def test_syntax_only_with_shared_tokens_equals_the_parser():
     """Each token's probability from the prefix parser, with the roles it could serve as weights."""
-    from latentree.parsing import PrefixParser
     grammar = make(ORDERS, shared=0.5)
     documents = GrammarProcess(grammar).documents(range(200))
     losses = token_losses(grammar, documents, latent_aware=False)
-    parser, words = PrefixParser(grammar), [set(w.tolist()) for w in grammar.words]
-    prefix = ()
+    whole = predictive(grammar, GrammarProcess(grammar).documents(range(12)), latent_aware=False)
+    parser, prefix = PrefixParser(grammar), []
     for i, token in enumerate(documents.tokens[:60].tolist()):
-        if documents.token["place"][i] == 0:
-            prefix = ()
-        weights = tuple((role, 1 / len(words[r])) for r, role in enumerate(grammar.roles) if token in words[r])
-        p = sum(parser.next_roles(prefix)[grammar.roles.index(role)] * w for role, w in weights)
-        assert -np.log(p) == pytest.approx(float(losses[i]))
-        prefix = (*prefix, weights)
+        p = parser.next_tokens(prefix)
+        assert np.allclose(p, whole[i])
+        assert -np.log(p[token]) == pytest.approx(float(losses[i]))
+        prefix = [] if token == grammar.end else [*prefix, token]
     assert float(losses.mean()) == pytest.approx(expected(grammar).syntax_only.iloc[-1], abs=0.05)
 
 

@@ -16,7 +16,7 @@ class PrefixParser:
     """Next-role probabilities after any prefix of a sentence. Each prefix is parsed once and remembered."""
 
     def __init__(self, grammar):
-        self.roles = grammar.roles
+        self.grammar, self.roles = grammar, grammar.roles
         size = len(grammar.nonterminals) + 1  # the last symbol is the root: sentence, then the end token
         root = size - 1
         self.rules = [*grammar.productions, (root, (0, END), 1.0)]
@@ -46,6 +46,22 @@ class PrefixParser:
     def probability(self, prefix):
         """Probability that a sentence begins with `prefix`."""
         return self._node(prefix)[1]
+
+    def prefix_of(self, tokens):
+        """The prefix that `tokens` (a list of ids) are: each with the roles it can serve, all words of a role alike."""
+        serves = {token: tuple((role, 1 / len(words)) for role, words in zip(self.roles, self.grammar.words) if token in words)
+                  for token in set(tokens)}
+        return tuple(serves[token] for token in tokens)
+
+    def next_tokens(self, tokens):
+        """Probability of each token (vocabulary,) after `tokens` of the current sentence, by the syntax alone.
+
+        The tokens above 0 are the legal ones.
+        """
+        p = np.zeros(self.grammar.vocabulary_size)
+        for share, words in zip(self.next_roles(self.prefix_of(tokens)), self.grammar.words):
+            p[words] += share / len(words)
+        return p
 
     def _node(self, prefix):
         if prefix not in self._nodes:
@@ -112,14 +128,6 @@ def legal_sentences(grammar, tokens):
 
     Shared tokens are taken in every role they can serve.
     """
-    parser, serves = PrefixParser(grammar), [[] for _ in range(grammar.vocabulary_size)]
-    for role, words in zip(grammar.roles, grammar.words):
-        for word in words.tolist():
-            serves[word].append((role, 1 / len(words)))
-    legal, sentence = [], ()
-    for token in tokens.tolist():
-        sentence = (*sentence, tuple(serves[token]))
-        if token == grammar.end:
-            legal.append(parser.probability(sentence) > 0)
-            sentence = ()
-    return legal
+    parser = PrefixParser(grammar)
+    ends = (tokens == grammar.end).nonzero()[:, 0] + 1
+    return [parser.probability(parser.prefix_of(part.tolist())) > 0 for part in tokens.tensor_split(ends)[:-1]]
