@@ -9,6 +9,7 @@ from grammars import make
 
 from latentree.checkpoints import LocalSeries, save_checkpoint
 from latentree.circuits import copying, k_composition
+from latentree.corpus import load_process
 from latentree.errors import UserError
 from latentree.induction import COLUMNS, attention_sums, chance, in_context_gain, measure, second_copy_gain
 from latentree.interventions import ablated_losses
@@ -322,3 +323,15 @@ def test_k_composition_of_random_weights_is_at_its_baseline(architecture):
     for later in ((0, 1), (1, 4), (2, 0)):
         with pytest.raises(UserError, match="later = "):
             k_composition(model, later)
+
+
+def test_a_head_of_fixed_distance_scores_as_much_on_the_targets_of_another_sequence():
+    """Sentences come in fours, so a head that always looks three tokens back meets what followed a match: by position."""
+    stimulus = stimuli(load_process("bound"), 64, 64)["natural"]
+    back = torch.zeros(64, 1, 64, 64)
+    for q in range(64):
+        back[:, 0, q, max(0, q - 3)] = 1
+    number = stimulus.targets.names.index(("induction", 0))
+    own, other = (attention_sums(back, t)[:, number, 0].sum() / t.queries[:, number].sum()
+                  for t in (stimulus.targets, stimulus.targets.of_another_sequence()))
+    assert own > 0.15 and abs(own - other) < 0.03

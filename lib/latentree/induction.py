@@ -16,7 +16,7 @@ from latentree.selection import best_head, choose_and_score
 from latentree.statistics import ratio
 from latentree.stimuli import RELEASED, Stimulus, Targets
 
-COLUMNS = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high", "chance", "queries"]
+COLUMNS = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high", "chance", "elsewhere", "queries"]
 
 
 def attention_sums(attention, targets: Targets, first: int = 0) -> torch.Tensor:
@@ -71,30 +71,34 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     variant `head`: one head's score. `best`: the best head's, cross-fitted by `choose_and_score`; the layer and head
     named are the best over all sequences. `as released`: the largest over heads of the release's score, order is its k.
     `model`: loss (nats a token), in-context gain, second-copy gain (nats; layer and head are -1). Copying is the OV
-    circuit's (circuits.py). low and high bound 95 % over sequences, chance is uniform attention's score.
+    circuit's (circuits.py). low and high bound 95 % over sequences. Two nulls: chance is uniform attention's score, and
+    elsewhere what the same head pays to the targets of another sequence, which its positions alone can explain.
     """
     check_eager(model)
     tables = []
     for name, stimulus in stimuli.items():
-        sums, losses = [], []
+        sums, elsewhere, losses = [], [], []
         for first in range(0, len(stimulus.tokens), rows):
             chunk = stimulus.tokens[first : first + rows].to(model.device)
             out = model(input_ids=chunk, use_cache=False, output_attentions=True)
-            sums.append(torch.cat([attention_sums(layer, stimulus.targets, first) for layer in out.attentions], 2).cpu())
+            for found, targets in ((sums, stimulus.targets), (elsewhere, stimulus.targets.of_another_sequence())):
+                found.append(torch.cat([attention_sums(layer, targets, first) for layer in out.attentions], 2).cpu())
             losses.append(next_token_losses(out.logits, chunk).double().cpu())
         scores = torch.cat([torch.cat(sums), copying(model, stimulus.tokens)[:, None]], 1)
-        both = [head_rows(scores, stimulus.targets), model_rows(torch.cat(losses), stimulus)]
+        both = [head_rows(scores, torch.cat(elsewhere), stimulus.targets), model_rows(torch.cat(losses), stimulus)]
         tables.append(pd.concat(both, ignore_index=True).assign(stimulus=name))
     table, heads = pd.concat(tables, ignore_index=True), model.config.num_attention_heads
     number = table["head"]
     return table.assign(layer=number // heads, head=(number % heads).where(number >= 0, -1))[COLUMNS]
 
 
-def head_rows(sums, targets: Targets) -> pd.DataFrame:
+def head_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
     """The rows of single heads, best heads and the released score, heads numbered through all layers.
 
-    `sums` (sequence, score, head): of `attention_sums`, then copying, which every sequence has.
+    `sums` (sequence, score, head): of `attention_sums`, then copying, which every sequence has; `elsewhere` those of the
+    targets of other sequences, without copying.
     """
+    null = torch.cat([elsewhere.sum(0) / targets.queries.sum(0)[:, None], torch.full_like(sums[0, -1:], torch.nan)])
     counts = torch.cat([targets.queries, torch.ones_like(targets.queries[:, :1])], 1)
     names, levels = [*targets.names, ("copying", 0)], [*chance(targets).tolist(), 0.0]
     tables = []
@@ -106,6 +110,7 @@ def head_rows(sums, targets: Targets) -> pd.DataFrame:
             variants = {"as released": ([best], [x[[best]] for x in each])}
         for variant, (head, (value, low, high)) in variants.items():
             columns = {"variant": variant, "head": head}
+            columns |= {"elsewhere": null[i, list(head)]}
             columns |= {"value": np.atleast_1d(value), "low": np.atleast_1d(low), "high": np.atleast_1d(high)}
             shared = {"score": score, "order": order, "chance": levels[i], "queries": int(count.sum())}
             tables.append(pd.DataFrame(columns).assign(**shared))
@@ -120,4 +125,4 @@ def model_rows(losses, stimulus: Stimulus) -> pd.DataFrame:
         found["second-copy gain"] = second_copy_gain(losses, stimulus.period)
     rows = [(score, *(float(x) for x in ratio(*part)), int(part[1].sum())) for score, part in found.items()]
     table = pd.DataFrame(rows, columns=["score", "value", "low", "high", "queries"])
-    return table.assign(order=0, variant="model", head=-1, chance=float("nan"))
+    return table.assign(order=0, variant="model", head=-1, chance=float("nan"), elsewhere=float("nan"))

@@ -6,7 +6,7 @@ ones are not (Olsson et al. 2022; by order: Akyurek et al. 2024).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -142,6 +142,10 @@ class Targets:
     key: torch.Tensor
     score: torch.Tensor
     queries: torch.Tensor
+
+    def of_another_sequence(self):
+        """The same targets, each sequence looked at where another one has its own: what positions alone would give."""
+        return replace(self, sequence=(self.sequence + 1) % len(self.queries), queries=self.queries.roll(1, 0))
 
 
 @dataclass
