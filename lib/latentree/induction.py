@@ -16,6 +16,7 @@ from latentree.selection import best_head, choose_and_score
 from latentree.statistics import ratio
 from latentree.stimuli import RELEASED, Stimulus, Targets
 
+SAME_FOR_ALL = ("previous-token", RELEASED)  # scores whose targets are at the same positions in every sequence
 COLUMNS = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high", "chance", "elsewhere", "queries"]
 
 
@@ -72,7 +73,8 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     named are the best over all sequences. `as released`: the largest over heads of the release's score, order is its k.
     `model`: loss (nats a token), in-context gain, second-copy gain (nats; layer and head are -1). Copying is the OV
     circuit's (circuits.py). low and high bound 95 % over sequences. Two nulls: chance is uniform attention's score, and
-    elsewhere what the same head pays to the targets of another sequence, which its positions alone can explain.
+    elsewhere what the same head pays to the targets of another sequence, which its positions alone can explain (not a
+    number where all sequences have the same targets).
     """
     check_eager(model)
     tables = []
@@ -110,7 +112,7 @@ def head_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
             variants = {"as released": ([best], [x[[best]] for x in each])}
         for variant, (head, (value, low, high)) in variants.items():
             columns = {"variant": variant, "head": head}
-            columns |= {"elsewhere": null[i, list(head)]}
+            columns |= {"elsewhere": torch.nan if score in SAME_FOR_ALL else null[i, list(head)]}
             columns |= {"value": np.atleast_1d(value), "low": np.atleast_1d(low), "high": np.atleast_1d(high)}
             shared = {"score": score, "order": order, "chance": levels[i], "queries": int(count.sum())}
             tables.append(pd.DataFrame(columns).assign(**shared))
