@@ -13,11 +13,12 @@ WIDTH, HEADS = NEXT.stop, 2
 HEAD_DIM = WIDTH // HEADS
 SIZES = {"layers": 2, "width": WIDTH, "heads": HEADS, "context": CONTEXT, "mlp_width": 4}
 SHARP = 500.0  # of attention scores and logits: a match beats all else
+STEADY = 100.0  # the scale of every LayerNorm of a repair model, to 1e-4: two large opposite coordinates outweigh the rest
 
 
-def blank_model():
+def blank_model(**sizes):
     """Two layers that do nothing: embeddings are one-hot, everything else is zero, heads attend uniformly."""
-    model = build_model("gpt2", VOCABULARY, **SIZES).eval()
+    model = build_model("gpt2", VOCABULARY, **SIZES | sizes).eval()
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1.0 if "ln_" in name and "weight" in name else 0.0)
     model.transformer.wte.weight.data[:, TOKEN] = torch.eye(VOCABULARY)
@@ -65,4 +66,48 @@ def duplicate_model():
     token = torch.eye(VOCABULARY, VOCABULARY + CONTEXT)
     place = torch.eye(CONTEXT, VOCABULARY + CONTEXT).roll(VOCABULARY, 1)
     set_head(model, 0, 1, [(TOKEN, SHARP * token), (PLACE, -2 * SHARP * place)], [(TOKEN, token), (PLACE, place)])
+    return model
+
+
+def repair_model(later="head", share=1.0):
+    """Head (0, 0) predicts the token itself again, as strongly as its embedding is long; layer 1 may mend what it lacks.
+
+    Embeddings are 1/60 to 1 long, so the direct effects differ. With `later` = head, head (1, 1) writes `share` times the
+    embedding minus the prediction it finds: nothing, until the prediction is weaker than it should be; with mlp, the MLP of
+    layer 1; with idle, head (1, 1) writes the embedding once more, whatever it finds.
+    """
+    model = blank_model(mlp_width=2 * VOCABULARY)
+    stream, place = model.transformer, STEADY * torch.eye(CONTEXT)
+    stream.wte.weight.data[:, TOKEN] *= torch.arange(1, VOCABULARY + 1)[:, None] / VOCABULARY
+    constant = STEADY * (WIDTH / 2) ** 0.5
+    stream.wpe.weight.data[:, BEFORE.start : BEFORE.start + 2] = torch.tensor([constant, -constant])
+    model.lm_head.weight.data[:, NEXT] = STEADY * torch.eye(VOCABULARY)
+    itself = {"queries": [(PLACE, SHARP * place)], "keys": [(PLACE, place)]}  # it attends to its own position
+    set_head(model, 0, 0, **itself, moves=(TOKEN, NEXT))
+    stream.h[0].attn.c_proj.weight.data *= STEADY
+    if later == "mlp":  # gelu(x) - gelu(-x) = x
+        mlp, difference = stream.h[1].mlp, torch.eye(VOCABULARY)
+        both = torch.cat([difference, -difference], 1)
+        mlp.c_fc.weight.data[TOKEN], mlp.c_fc.weight.data[NEXT] = STEADY * both, -STEADY * both
+        mlp.c_proj.weight.data[:, NEXT] = share * both.T
+        return model
+    set_head(model, 1, 1, **itself, moves=(TOKEN, NEXT))
+    if later == "head":
+        values = stream.h[1].attn.c_attn.weight.data[:, 2 * WIDTH :]
+        values[NEXT] = -values[TOKEN]
+    stream.h[1].attn.c_proj.weight.data *= STEADY * share
+    return model
+
+
+def frequency_model(scale, words=TOKEN):
+    """Head (0, 1) attends to all it sees alike, and predicts each of `words` by `scale` times how often it was there.
+
+    There are no norms, so that logits are exactly these: nothing else writes.
+    """
+    model = blank_model()
+    set_head(model, 0, 1, moves=(words, slice(NEXT.start + words.start, NEXT.start + words.stop)))
+    model.lm_head.weight.data *= scale / SHARP
+    for block in model.transformer.h:
+        block.ln_1 = torch.nn.Identity()
+    model.transformer.ln_f = torch.nn.Identity()
     return model

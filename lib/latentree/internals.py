@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from nnsight import NNsight
 from transformers.pytorch_utils import Conv1D
 
 from latentree.errors import UserError
@@ -59,6 +60,49 @@ def norm_gain(norm, vectors: torch.Tensor) -> torch.Tensor:
         vectors = vectors - vectors.mean(-1, keepdim=True)
     gain = getattr(norm, "weight", None)  # OLMo's LayerNorm has none
     return vectors if gain is None else vectors * gain
+
+
+def norm_scale(norm, vectors: torch.Tensor) -> torch.Tensor:
+    """What a norm multiplies vectors (..., width) by, beside its gain: (..., 1). No norm (None) multiplies by 1.
+
+    norm(vectors) = norm_gain(norm, vectors) * norm_scale(norm, vectors) + its bias, if it has one.
+    """
+    if norm is None:
+        return torch.ones_like(vectors[..., :1])
+    if "LayerNorm" in type(norm).__name__:
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    epsilon = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-5)  # OLMo's own
+    return (vectors.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+@torch.no_grad()
+def written_in(model, given: dict, layer: int = -1, replaced: dict | None = None) -> dict:
+    """What is written in a run of nnsight on the inputs `given`; `replaced` {site: tensor} takes its place in `layer`.
+
+    `attention`, `mlp` (layer, batch, position, width): what these add to the stream; `z` (layer, batch, position, head,
+    head_dim); `embedding`, `stream` (after the last block), `normed` (batch, position, width); `cache`, keys and values.
+    """
+    traced, replaced = NNsight(model), replaced or {}
+    inside = Internals(model, traced)
+    with traced.trace(**given, logits_to_keep=1):
+        embedding = inside.blocks[0].input.save()
+        sites = {"z": [], "attention": [], "mlp": []}
+        for number in range(inside.layers):
+            new = replaced if number == layer else {}
+            if "z" in new:
+                inside.o_proj(number).input = new["z"].flatten(-2)
+            sites["z"].append(inside.o_proj(number).input.unflatten(-1, (inside.heads, inside.head_dim)))
+            if "attention" in new:
+                inside.attention_written(number).output = new["attention"]
+            sites["attention"].append(inside.attention_written(number).output)
+            if "mlp" in new:
+                inside.mlp_written(number).output = new["mlp"]
+            sites["mlp"].append(inside.mlp_written(number).output)
+        sites.save()
+        stream, normed = inside.final_norm.input.save(), inside.final_norm.output.save()
+        cache = traced.output.past_key_values.save()
+    found = {name: torch.stack(values) for name, values in sites.items()}
+    return found | {"embedding": embedding, "stream": stream, "normed": normed, "cache": cache}
 
 
 class Internals:
@@ -114,6 +158,15 @@ class Internals:
         """The norm of what the attention adds to the stream; None but for OLMo 2."""
         return self.blocks[layer].post_attention_layernorm if self.architecture == "olmo2" else None
 
+    def attention_written(self, layer: int):
+        """The module whose output is what the attention of a layer adds to the stream: its output norm, if there is one."""
+        norm = self.output_norm(layer)
+        return self.o_proj(layer) if norm is None else norm
+
+    def mlp_written(self, layer: int):
+        """The module whose output is what the MLP of a layer adds to the stream."""
+        return self.blocks[layer].post_feedforward_layernorm if self.architecture == "olmo2" else self.mlp(layer)
+
     def values(self, projected: torch.Tensor) -> torch.Tensor:
         """The values (..., head, head_dim) in the output (..., channels) of `value_proj`, a shared one for each head."""
         value = self._unfused(projected)[-1]
@@ -138,6 +191,17 @@ class Internals:
     def w_o(self, layer: int) -> torch.Tensor:
         """W_O of each head of a layer: (head, head_dim, width)."""
         return weight(self.o_proj(layer)).T.unflatten(0, (self.heads, self.head_dim))
+
+    def head_written(self, layer: int, z: torch.Tensor) -> torch.Tensor:
+        """What each head adds to the stream (..., head, width), from the mixes z (..., head, head_dim) of all of a layer.
+
+        With the bias of o_proj, if it has one, this sums to the attention's part. Where a norm reads their sum (OLMo 2),
+        each head's is scaled as the sum is.
+        """
+        norm, added = self.output_norm(layer), torch.einsum("...hd,hdw->...hw", z, self.w_o(layer).to(z))
+        bias = getattr(self.o_proj(layer), "bias", None)
+        total = added.sum(-2, keepdim=True) + (0 if bias is None else bias)
+        return norm_gain(norm, added) * norm_scale(norm, total)
 
     def _unfused(self, projected):
         """Queries, keys and values (..., heads, head_dim) of a fused projection (..., channels); else the one there is."""

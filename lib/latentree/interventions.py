@@ -14,14 +14,38 @@ from latentree.model import next_token_losses
 WAYS = ("mean", "resample", "pattern")
 
 
-@torch.no_grad()
 def head_outputs(model, tokens) -> torch.Tensor:
     """Every head's mix of values, z (layer, batch, position, head, head_dim), for tokens (batch, position)."""
+    return heads_and_logits(model, tokens)[0]
+
+
+@torch.no_grad()
+def heads_and_logits(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """`head_outputs` and the logits (batch, position, vocabulary) of one run."""
     traced = NNsight(model)
     inside = Internals(model, traced)
     with traced.trace(input_ids=tokens, use_cache=False):
         mixes = [inside.o_proj(layer).input for layer in range(inside.layers)].save()
-    return torch.stack(mixes).unflatten(-1, (inside.heads, inside.head_dim))
+        logits = traced.output.logits.save()
+    return torch.stack(mixes).unflatten(-1, (inside.heads, inside.head_dim)), logits
+
+
+@torch.no_grad()
+def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> torch.Tensor:
+    """Logits at the last position (batch, vocabulary) when `vectors` (batch, width) are added there.
+
+    to: `attention`, to what the layer's attention adds to the residual stream, so that its MLP, where it comes after (not in GPT-NeoX), reads the sum; `stream`, to
+    the residual stream after the whole layer. UserError for another place, or a layer that the model does not have.
+    """
+    traced = NNsight(model)
+    inside = Internals(model, traced)
+    if to not in ("attention", "stream") or not 0 <= layer < inside.layers:
+        raise UserError(f"layer = {layer}, to = {to!r}: give a layer below {inside.layers} and 'attention' or 'stream'")
+    points = inside.blocks[layer] if to == "stream" else inside.attention_written(layer)
+    with traced.trace(input_ids=tokens, use_cache=False):
+        points.output[:, -1] += vectors
+        logits = traced.output.logits[:, -1].save()
+    return logits
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ LIMITS = {
     "muon_learning_rate": RATE,
 }
 LIMITS |= {name: (choices.__contains__, "one of " + ", ".join(choices)) for name, choices in CHOICES.items()}
-for name in "context width layers heads batch_sequences held_out_sequences checkpoints documents longest_distance sequences ablated_heads draws".split():
+for name in "context width layers heads batch_sequences held_out_sequences checkpoints documents longest_distance sequences ablated_heads draws latents repetitions swept each sequences_at_end furthest deep_layers deep_tokens".split():
     LIMITS[name] = POSITIVE
 
 

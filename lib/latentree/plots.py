@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 # Okabe and Ito's colour-blind safe colours; a corpus has the same one in every figure.
 KIND_COLOURS = {"PCFG": "#0072B2", "flat": "#D55E00", "static": "#009E73", "n-gram": "#CC79A7", "hashed n-gram": "#8C6D1F",
-                "small release": "#56B4E9", "OLMo": "#000000"}
+                "small release": "#56B4E9", "small release, flat": "#E69F00", "OLMo": "#000000"}
 ROLE_COLOURS = {"subject": "#0072B2", "verb": "#D55E00", "object": "#009E73", "connector": "#E69F00", "end": "#999999"}
 LINES = {"syntax-only": ("#555555", ":"), "in-sentence": ("#555555", "-."), "counts": ("#555555", "--"), "latent-aware": ("#555555", "-")}
 
@@ -24,10 +24,8 @@ def set_style():
 def kind(corpus):
     """The kind of a corpus by its file's name: PCFG, flat, static, n-gram (order-n chain), hashed n-gram, small release."""
     endings = {"-flat": "flat", "-static": "static", "-ngram": "hashed n-gram"}
-    for ending, name in endings.items():
-        if corpus.endswith(ending):
-            return name
-    return "n-gram" if "-order" in corpus else "small release" if corpus == "released-small" else "PCFG"
+    found = next((name for ending, name in endings.items() if corpus.endswith(ending)), "n-gram" if "-order" in corpus else "PCFG")
+    return found.replace("PCFG", "small release").replace("flat", "small release, flat") if "-small" in corpus else found
 
 
 def colour(corpus):
@@ -97,3 +95,29 @@ def reference_line(ax, name, value, **where):
     """A labelled horizontal reference: syntax-only, in-sentence, counts or latent-aware."""
     shade, dashes = LINES[name]
     ax.axhline(value, color=shade, ls=dashes, lw=1.2, label=name, **where)
+
+
+def band(ax, x, rows, color, marker=".", **line):
+    """A curve of `rows` ("value") over `x` with its interval ("low", "high") as a band; `line` goes to plot."""
+    ax.plot(x, rows["value"], color=color, marker=marker, **line)
+    ax.fill_between(x, rows["low"], rows["high"], color=color, alpha=0.2, lw=0)
+
+
+def heatmap(ax, rows, limit: float, index="layer", dots=False):
+    """Cells of `rows` (columns `index`, tokens, value), a row for each of `index`, a column for each checkpoint.
+
+    Red is -limit, white 0, blue limit; with `dots` a dot marks where the interval (low, high) contains 0. Returns the image
+    for a colour bar; without rows hides the axes and returns None.
+    """
+    if not len(rows):
+        ax.axis("off")
+        return None
+    cells = rows.pivot(index=index, columns="tokens", values="value")
+    image = ax.imshow(cells, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", origin="lower", interpolation="nearest")
+    marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
+    ax.set_xticks(marks, [f"{cells.columns[mark] / 1e6:.1f}" for mark in marks])
+    ax.set_yticks(range(len(cells)), cells.index)
+    if dots:
+        open_to_0 = rows.assign(value=(rows.low <= 0) & (rows.high >= 0)).pivot(index=index, columns="tokens", values="value")
+        ax.plot(*np.argwhere(open_to_0.to_numpy())[:, ::-1].T, ".", ms=2.5, color="#555555")
+    return image
