@@ -14,11 +14,14 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 
+from latentree import hydra
 from latentree.corpus import Stream, load_process
 from latentree.files import read_yaml
 from latentree.induction import measure
+from latentree.internals import Internals
 from latentree.model import build_model, next_token_losses
 from latentree.optimizers import build_optimizers
+from latentree.resampling import stimulus
 from latentree.stimuli import stimuli
 from latentree.training import TrainingConfig
 
@@ -70,6 +73,32 @@ def measuring_speed(settings):
     return seconds(lambda: measure(model.eval(), shown), 3)
 
 
+def as_the_release_does(model, tokens, furthest):
+    """For each sample, layer and m the clean run once more, and one with the stream after the layer m before set to 0."""
+    blocks = Internals(model).blocks
+    for row in tokens:
+        for m in range(1, furthest + 1):
+            for layer in range(m, len(blocks)):
+                model(input_ids=row[None], output_hidden_states=True)
+                hook = blocks[layer - m].register_forward_hook(lambda block, given, out: torch.zeros_like(out))
+                model(input_ids=row[None], output_hidden_states=True)
+                hook.remove()
+
+
+@torch.no_grad()
+def hydra_speed(settings, sequences=16, furthest=3):
+    """Forward passes, token positions and seconds on one checkpoint: of notebook 05's layer ablations, of the release's way."""
+    process, config = load_process("bound"), TrainingConfig(**settings)
+    model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes()).eval()
+    shown, found = stimulus(process, sequences, config.context), []
+    ways = (lambda: hydra.measure(model, shown, kinds=("layer",)), lambda: as_the_release_does(model, shown.tokens, furthest))
+    for way in ways:
+        with hydra.counted(model) as passes:
+            way()
+        found.append((passes["runs"], passes["tokens"], seconds(way, 3)))
+    return found
+
+
 def main():
     laptop = read_yaml("params/laptop/02_training.yaml")
     settings = {name: laptop[name] for name in ("layers", "width", "heads", "context", "batch_sequences", "optimizer")}
@@ -81,6 +110,8 @@ def main():
         rows.append((f"training step, laptop model, {threads} threads", f"{tokens / step:,.0f} tokens/s ({1000 * step:.0f} ms)"))
         rows.append((f"corpus stream's share of that step (limit 3 %), {threads} threads", f"{100 * drawing / step:.2f} %"))
     rows.append((f"induction scores of 20 checkpoints, {cores} threads", f"{20 * measuring_speed(settings):.0f} s"))
+    for name, (runs, tokens, time_taken) in zip(("one run per ablated layer", "the release's protocol"), hydra_speed(settings)):
+        rows.append((f"hydra, 16 sequences, m to 3, {name}", f"{runs} forward passes, {tokens:,} positions, {time_taken:.2f} s"))
     print(pd.DataFrame(rows, columns=["what", "median"]).to_markdown(index=False))
 
 
