@@ -18,8 +18,9 @@ NOTEBOOKS = {
     "02_training": [],
     "03_induction_heads": ["02_training"],
     "04_function_vectors": ["02_training"],
+    "05_hydra_effect": ["02_training"],
 }
-HEAVY = {"02_training", "03_induction_heads", "04_function_vectors"}  # these take two threads, the others one
+HEAVY = {"02_training", "03_induction_heads", "04_function_vectors", "05_hydra_effect"}  # these take two threads, the others one
 
 PROFILE = config.get("profile", "laptop")
 OUT = output_folder(PROFILE).as_posix()
