@@ -7,10 +7,12 @@ from test_internals import MODELS, SIZES, random_model
 
 from latentree.corpus import held_out
 from latentree.errors import UserError
-from latentree.hydra import COLUMNS, WAYS, Ablations, as_released, counted, measure, measure_as_released
+from latentree.bench import counted
+from latentree.hydra import COLUMNS, WAYS, Ablations, measure, most_repaired
 from latentree.internals import Internals, norm_gain, norm_scale, weight
 from latentree.model import build_model
 from latentree.ngrams import Chain, HashedTables
+from latentree.released import as_released, measure_as_released
 from latentree.resampling import Stimulus, draw_donors, stimulus, syntactic_states
 from latentree.sampler import GrammarProcess
 from latentree.stimuli import bound_queries
@@ -218,14 +220,14 @@ def repair_stimulus():
 def test_known_compensation(later, share):
     model, shown = repair_model(later, share), repair_stimulus()
     length = (shown.target + 1) / VOCABULARY  # of the target's embedding: what head (0, 0) predicts it with
-    table = measure(model, shown, kinds=("head", "attention"))
+    table = measure(model, shown, kinds=("attention",))
     runs = Ablations(model, shown)
     centred = length.double() * (1 - 1 / VOCABULARY)
     torch.testing.assert_close(runs.clean.head[:, 0, 0], centred, atol=1e-3, rtol=0)
     mended = 0.0 if later == "idle" else share
     silent = runs.clean.attention[:, 1] + runs.clean.mlp[:, 1]
     torch.testing.assert_close(silent, centred if later == "idle" else 0 * centred, atol=1e-3, rtol=0)
-    row = table[(table["ablated"] == "head") & (table["layer"] == 0) & (table["head"] == 0)].set_index("quantity")
+    row = table[(table["layer"] == 0) & (table["responding"] == -1)].set_index("quantity")  # of which head (0, 0) is all
     for column in ("value", "low", "high"):
         assert row.loc["slope", column] == pytest.approx(mended, abs=1e-3)
     found = runs.ablate("head", 0, 0)
@@ -235,7 +237,6 @@ def test_known_compensation(later, share):
     torch.testing.assert_close(found.total, (mended - 1) * found.removed, atol=2e-3, rtol=0)
     if mended:
         assert row.loc["R2", "value"] == pytest.approx(1, abs=1e-3)
-        assert row.loc["fraction", "value"] == pytest.approx(share, abs=2e-3)
         where = "by mlp" if later == "mlp" else "by attention"
         assert row.loc[f"fraction {where}", "value"] == pytest.approx(share, abs=2e-3)
         assert row.loc["fraction by norm", "value"] == pytest.approx(0, abs=2e-3)
@@ -298,29 +299,49 @@ def test_donors_are_of_the_same_state_in_another_document():
 def test_the_stimulus():
     process = GrammarProcess(bound_grammar())
     fields = held_out(process, 20, 48)
-    shown, row = stimulus(process, 20, 48, seed=3), torch.arange(20)
+    shown, row = stimulus(process, 20, 48, seed=3, same_word=False), torch.arange(20)
     assert torch.equal(shown.tokens, fields["tokens"]) and torch.equal(shown.target, shown.tokens[row, shown.at + 1])
     assert (shown.at >= 24).all() and (shown.at < 47).all()
     assert torch.equal(fields["document"][row, shown.at], fields["document"][row, shown.at + 1])
-    assert torch.equal(shown.at, stimulus(process, 20, 48, seed=3).at)
-    assert not torch.equal(shown.at, stimulus(process, 20, 48, seed=4).at)
+    assert torch.equal(shown.at, stimulus(process, 20, 48, seed=3, same_word=False).at)
+    assert not torch.equal(shown.at, stimulus(process, 20, 48, seed=4, same_word=False).at)
     mask = bound_queries(process.grammar, fields)
     mask[5] = False
-    scored = stimulus(process, 20, 48, where=mask)
+    scored = stimulus(process, 20, 48, where=mask, same_word=False)
     kept = row != 5
     assert torch.equal(scored.tokens, fields["tokens"][kept]) and mask[kept][row[:19], scored.at].all()
     assert scored.state.shape == scored.source.shape == (19, 48)
     # Documents that share their latents are no donors of each other.
-    sharing = stimulus(GrammarProcess(make(repetitions=7)), 20, 48)
+    sharing = stimulus(GrammarProcess(make(repetitions=7)), 20, 48, same_word=False)
     document = held_out(GrammarProcess(make(repetitions=7)), 20, 48)["document"]
     assert torch.equal(sharing.source, document // 7)
     sequence, position = sharing.same_state
     assert (document[sequence, position] // 7 != document // 7)[row, sharing.at].all()
-    chain = stimulus(Chain(process, order=1), 8, 48, grammar=process.grammar)
+    chain = stimulus(Chain(process, order=1), 8, 48, grammar=process.grammar, same_word=False)
     fields = held_out(Chain(process, order=1), 8, 48)
     naive = naive_states(fields["tokens"], fields["document"], process.grammar)
     assert len(set(zip(naive, chain.state.flatten().tolist(), strict=True))) == len(set(naive)) == len(chain.state.unique())
-    assert not stimulus(HashedTables(), 4, 32).state.any()
+    assert not stimulus(HashedTables(), 4, 32, same_word=False).state.any()
+
+
+def test_donors_of_the_same_word():
+    """By default a donor has the same word in the same state of another document; what has none is left out."""
+    process = GrammarProcess(bound_grammar())
+    shown, any_word = stimulus(process, 20, 48), stimulus(process, 20, 48, same_word=False)
+    row = torch.arange(len(shown.at))
+    sequence, position = (donor[row, shown.at] for donor in shown.same_state)
+    assert (sequence != row).all() and shown.tokens[sequence, position].equal(shown.tokens[row, shown.at])
+    numbers = shown.state // process.vocabulary_size
+    assert numbers[sequence, position].equal(numbers[row, shown.at]) and len(row) <= 20
+    kept = (any_word.tokens[:, None] == shown.tokens).all(-1).any(1)
+    assert any_word.at[kept].equal(shown.at)
+
+
+def test_the_layer_that_is_made_up_for_is_chosen_by_the_other_half():
+    runs = Ablations(repair_model("head", 0.4), repair_stimulus())
+    found, scores = most_repaired(runs, least=-1.0)
+    assert found.layer == 0 and scores.tolist() == [False, True] * 20
+    assert most_repaired(runs, least=1e6)[0] is None
 
 
 # ---------------------------------------------------------------------- the table
@@ -335,35 +356,29 @@ def labelled(table, **labels):
 def test_the_table(tmp_path):
     process = GrammarProcess(bound_grammar())
     shown = stimulus(process, 16, 24)
+    count = len(shown.at)
     model = build_model("llama", process.vocabulary_size, layers=3, width=16, heads=2, context=24).eval()
     with counted(model) as seen:
         table = measure(model, shown)
-    assert seen == {"runs": 1 + 3 + 3 + 6, "tokens": 16 * (24 + 12)}  # a clean run, then one position for each component
+    assert seen == {"runs": 1 + 3 + 3, "tokens": count * (24 + 6)}  # a clean run, then one position for each component
     with counted(model) as seen:
         everywhere = measure(model, shown, where="everywhere", kinds=("mlp",))
-    assert seen == {"runs": 4, "tokens": 4 * 16 * 24} and set(everywhere["ablated"]) == {"clean", "mlp"}
-    assert list(table.columns) == COLUMNS and (table["n"] == 16).all()
-    assert not table.duplicated(COLUMNS[:10]).any()
-    runs = Ablations(model, shown)
-    found = runs.ablate("attention", 1)
-    rows = labelled(table, ablated="attention", layer=1, responding="mlp", quantity="change")
-    assert rows["responding_layer"].tolist() == [1, 2]  # its own layer's MLP reads what the attention wrote
-    assert rows["value"].tolist() == pytest.approx(found.mlp.mean(0)[1:].tolist())
-    rows = labelled(table, ablated="attention", layer=1, responding="layer", quantity="change")
-    assert rows["value"].tolist() == pytest.approx([float((found.attention + found.mlp)[:, 2].mean())])
-    one = labelled(table, ablated="attention", layer=1, responding="all").set_index("quantity")
+    assert seen == {"runs": 4, "tokens": 4 * count * 24} and set(everywhere["ablated"]) == {"mlp"}
+    assert list(table.columns) == COLUMNS and (table["n"] == count).all()
+    assert not table.duplicated(COLUMNS[:7]).any()
+    found = Ablations(model, shown).ablate("attention", 1)
+    row = labelled(table, ablated="attention", layer=1, quantity="change")
+    assert row["responding"].tolist() == [2]
+    assert row["value"].tolist() == pytest.approx([float((found.attention + found.mlp)[:, 2].mean())])
+    one = labelled(table, ablated="attention", layer=1, responding=-1).set_index("quantity")
     for name, values in {"removed": found.removed, "total": found.total, "compensation": found.compensation}.items():
         assert one.loc[name, "value"] == pytest.approx(float(values.mean()))
         assert one.loc[name, "low"] < one.loc[name, "value"] < one.loc[name, "high"]
-    assert one.loc["fraction", "value"] == pytest.approx(float(found.self_repair.mean() / found.removed.mean()))
-    parts = one.loc[["fraction by attention", "fraction by mlp", "fraction by norm"], "value"].sum()
-    assert parts == pytest.approx(one.loc["fraction", "value"], abs=1e-4)
+    parts = [one.loc[f"fraction by {name}", "value"] for name in ("attention", "mlp", "norm")]
+    assert sum(parts) == pytest.approx(float(found.self_repair.mean() / found.removed.mean()), abs=1e-4)
     x, y = found.removed - found.removed.mean(), found.compensation - found.compensation.mean()
     assert one.loc["slope", "value"] == pytest.approx(float((x * y).sum() / (x * x).sum()))
     assert one.loc["R2", "value"] == pytest.approx(float(torch.corrcoef(torch.stack([x, y]))[0, 1] ** 2))
-    clean = labelled(table, ablated="clean", quantity="direct effect").set_index("responding")
-    sums = clean.loc[["embedding", "bias", "attention", "mlp"], "value"].sum()
-    assert sums == pytest.approx(labelled(table, quantity="logit")["value"].item(), abs=1e-5)
     # Nothing comes after the last layer: it has no slope, and its row of changes is empty.
     last = labelled(table, ablated="layer", layer=2)
     assert not set(last["quantity"]) & {"slope", "R2", "change"}
@@ -486,7 +501,7 @@ def test_among_the_words_of_the_role():
 
 def test_a_part_of_a_stimulus():
     process = GrammarProcess(bound_grammar())
-    shown = stimulus(process, 12, 24)
+    shown = stimulus(process, 12, 24, same_word=False)
     kept = torch.arange(12) % 3 > 0
     part = shown.of(kept)
     assert part.tokens.equal(shown.tokens[kept]) and part.target.equal(shown.target[kept]) and part.peers.equal(shown.peers[kept])

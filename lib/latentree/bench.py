@@ -9,6 +9,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import statistics
 import time
+from contextlib import contextmanager
 
 import pandas as pd
 import torch
@@ -73,6 +74,22 @@ def measuring_speed(settings):
     return seconds(lambda: measure(model.eval(), shown), 3)
 
 
+@contextmanager
+def counted(model):
+    """Counts what a model does inside the block: yields {"runs": forward passes, "tokens": positions computed in them}."""
+    seen = {"runs": 0, "tokens": 0}
+
+    def count(module, args, given):
+        seen["runs"] += 1
+        seen["tokens"] += (args[0] if args else given["input_ids"]).numel()
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def as_the_release_does(model, tokens, furthest):
     """For each sample, layer and m the clean run once more, and one with the stream after the layer m before set to 0."""
     blocks = Internals(model).blocks
@@ -93,7 +110,7 @@ def hydra_speed(settings, sequences=16, furthest=3):
     shown, found = stimulus(process, sequences, config.context), []
     ways = (lambda: hydra.measure(model, shown, kinds=("layer",)), lambda: as_the_release_does(model, shown.tokens, furthest))
     for way in ways:
-        with hydra.counted(model) as passes:
+        with counted(model) as passes:
             way()
         found.append((passes["runs"], passes["tokens"], seconds(way, 3)))
     return found

@@ -12,13 +12,11 @@ compensation, which the norm then takes back; among the words of the role it can
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
-from nnsight import NNsight
 
 from latentree.errors import UserError
 from latentree.internals import Internals, norm_gain, norm_scale, weight, written_in
@@ -30,35 +28,29 @@ WAYS = ("resample", "anywhere", "mean", "zero", "random")
 PLACES = ("scored", "everywhere")
 AMONG = ("vocabulary", "role")
 SITES = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",), "head": ("z",)}
-LABELS = ["ablated", "layer", "head", "responding", "responding_layer", "responding_head", "quantity"]
+LABELS = ["ablated", "layer", "responding", "quantity"]
 COLUMNS = ["how", "where", "among", *LABELS, "value", "low", "high", "n"]
 
 
-KINDS = ("layer", "attention", "head")
-
-
-def measure(model, stimulus, how="resample", where="scored", among="vocabulary", kinds=KINDS) -> pd.DataFrame:
+def measure(model, stimulus, how="resample", where="scored", among="vocabulary", kinds=("layer", "attention")) -> pd.DataFrame:
     """All components of these kinds, each replaced on its own (`Ablations`): one table in COLUMNS, for sweep().
 
     One clean run and one per component. Values are in logits, low and high bound 95 % over the n sequences (Student's t;
-    slope and R2: bootstrap); numbers that do not apply are -1. By `ablated`, `layer`, `head`:
-    - clean: direct effects of the clean run (`responding` says whose), and the logit;
-    - change: of the direct effect of a later component, named by `responding`, `responding_layer`, `responding_head`;
-    - removed, total, compensation, self-repair and its parts by attention, by mlp, by norm; fraction, fraction by ..: the
-      same over the mean removed direct effect;
+    slope and R2: bootstrap). By `ablated` and `layer`:
+    - change: of the direct effect of a later layer, `responding`, attention and MLP together; -1 in the other rows;
+    - removed, total, compensation; the parts of self-repair by attention, by mlp, by norm, and as a fraction of the mean
+      removed direct effect;
     - slope, R2: of compensation on the removed direct effect, over sequences. A slope above 0 is the Hydra effect.
     """
-    runs = Ablations(model, stimulus, how, where, among)
-    rows, fits = clean_rows(runs.clean), []
+    runs, rows, fits = Ablations(model, stimulus, how, where, among), {}, []
     for kind in kinds:
         for layer in range(runs.inside.layers):
-            for head in range(runs.inside.heads) if kind == "head" else (-1,):
-                found = runs.ablate(kind, layer, head)
-                rows |= response_rows(found)
-                pairs = torch.stack([found.removed, found.compensation], 1).numpy()
-                if pairs[:, 1].any():  # something comes later
-                    for name, statistic in (("slope", slope), ("R2", r_squared)):
-                        fits.append((kind, layer, head, "all", -1, -1, name, *bootstrap(pairs, statistic, draws=500)))
+            found = runs.ablate(kind, layer)
+            rows |= response_rows(found)
+            pairs = torch.stack([found.removed, found.compensation], 1).numpy()
+            if pairs[:, 1].any():  # something comes later
+                for name, statistic in (("slope", slope), ("R2", r_squared)):
+                    fits.append((kind, layer, -1, name, *bootstrap(pairs, statistic, draws=500)))
     values = torch.stack(list(rows.values()), 1)
     intervals = torch.stack(ratio(values, torch.ones_like(values)), 1).tolist()
     table = [(*label, *interval) for label, interval in zip(rows, intervals, strict=True)] + fits
@@ -66,36 +58,17 @@ def measure(model, stimulus, how="resample", where="scored", among="vocabulary",
     return table.assign(how=how, where=where, among=among, n=len(values))[COLUMNS]
 
 
-def clean_rows(clean: Effects) -> dict:
-    """{label (as LABELS): values (sequence,)} of a clean run."""
-    rows = {("clean", -1, -1, "all", -1, -1, "logit"): clean.logit}
-    rows |= {("clean", -1, -1, name, -1, -1, "direct effect"): getattr(clean, name) for name in ("embedding", "bias")}
-    return rows | later_rows(("clean", -1, -1), "direct effect", clean, 0, 0)
-
-
 def response_rows(found: Response) -> dict:
     """{label (as LABELS): values (sequence,)} of a replaced component."""
-    label = (found.kind, found.layer, found.number)
-    parts = {"": found.self_repair, " by attention": found.attention.sum(1), " by mlp": found.mlp.sum(1)}
     rows = {"removed": found.removed, "total": found.total, "compensation": found.compensation}
-    for name, part in (parts | {" by norm": found.norm}).items():
+    for name, part in (("attention", found.attention.sum(1)), ("mlp", found.mlp.sum(1)), ("norm", found.norm)):
         share = part.mean() / found.removed.mean()
-        rows["self-repair" + name] = part
+        rows[f"self-repair by {name}"] = part
         # Its mean is the share, and its spread that of the linearised ratio (Cochran 1977, 6.4).
-        rows["fraction" + name] = share + (part - share * found.removed) / found.removed.mean()
-    rows = {(*label, "all", -1, -1, name): values for name, values in rows.items()}
-    return rows | later_rows(label, "change", found, found.layer + 1, found.layer + ("mlp" in SITES[found.kind]))
-
-
-def later_rows(label, quantity, found, first, first_mlp) -> dict:
-    """{label: values (sequence,)} of MLPs from layer `first_mlp` on; from `first` on of attention, both, and heads."""
-    layers = range(first_mlp, found.mlp.shape[1])
-    rows = {(*label, "mlp", layer, -1, quantity): found.mlp[:, layer] for layer in layers}
-    for layer in range(first, found.mlp.shape[1]):
-        rows[*label, "attention", layer, -1, quantity] = found.attention[:, layer]
-        rows[*label, "layer", layer, -1, quantity] = found.attention[:, layer] + found.mlp[:, layer]
-        rows |= {(*label, "head", layer, h, quantity): found.head[:, layer, h] for h in range(found.head.shape[2])}
-    return rows
+        rows[f"fraction by {name}"] = share + (part - share * found.removed) / found.removed.mean()
+    rows = {(found.kind, found.layer, -1, name): values for name, values in rows.items()}
+    later = range(found.layer + 1, found.mlp.shape[1])
+    return rows | {(found.kind, found.layer, layer, "change"): found.responses[:, layer] for layer in later}
 
 
 def slope(pairs):
@@ -110,76 +83,21 @@ def r_squared(pairs):
     return slope(pairs) * slope(pairs[..., ::-1])
 
 
-def most_repaired(runs: Ablations) -> tuple[Response, torch.Tensor]:
-    """The attention layer whose loss is best made up for, and which sequences (sequence,) may score it.
+def most_repaired(runs: Ablations, least: float = 0.05):
+    """The attention layer whose loss is best made up for, and which sequences (sequence,) may score it; None for no layer.
 
-    It is chosen, on every other sequence, by the highest correlation of compensation with removed direct effect; the rest
-    have no part in the choice. The last layer, after which too little comes, is left out.
+    It is chosen on every other sequence, by the highest correlation of compensation with removed direct effect, among the
+    layers where at least `least` logits are removed (the lower end of the mean's 95 %); the rest of the sequences have no
+    part in the choice. The last layer, after which too little comes, is left out.
     """
     chooses = torch.arange(len(runs.clean.logit)) % 2 == 0
-
-    def correlation(found):
-        pairs = torch.stack([found.removed, found.compensation])[:, chooses]
-        return float(torch.corrcoef(pairs)[0, 1].nan_to_num(-1.0))
-
     found = [runs.ablate("attention", layer) for layer in range(runs.inside.layers - 1)]
-    return max(found, key=correlation), ~chooses
+    matter = [one for one in found if ratio(one.removed[chooses], torch.ones(int(chooses.sum())))[1] > least]
 
+    def correlation(one):
+        return float(torch.corrcoef(torch.stack([one.removed, one.compensation])[:, chooses])[0, 1])
 
-@torch.no_grad()
-def as_released(model, tokens, furthest: int = 2):
-    """The release's measurement: clean (layer, batch) and ablated (m, layer, batch) logits, m = 1 .. `furthest`.
-
-    The logit of the CURRENT token at the last position of `tokens` (batch, position), by unembedding the stream after each
-    block without the final norm; ablated: when the whole stream after the block m layers before is set to 0. Not a number
-    where there is no such block. In a model without biases a block maps 0 to 0, so nothing of this can show compensation.
-    """
-    traced = NNsight(model)
-    inside = Internals(model, traced)
-    row = weight(model.lm_head)[tokens[:, -1]]
-
-    def logits(erased=-1):
-        with traced.trace(input_ids=tokens, use_cache=False, logits_to_keep=1):
-            streams = []
-            for layer in range(inside.layers):
-                if layer == erased:
-                    inside.blocks[layer].output = torch.zeros_like(inside.blocks[layer].output)
-                streams.append(inside.blocks[layer].output[:, -1])
-            streams.save()
-        return (torch.stack(streams) * row).sum(-1)
-
-    clean = logits()
-    ablated = torch.full((furthest, *clean.shape), torch.nan, device=clean.device)
-    for erased in range(inside.layers - 1):
-        found = logits(erased)
-        for m in range(1, min(furthest, inside.layers - 1 - erased) + 1):
-            ablated[m - 1, erased + m] = found[erased + m]
-    return clean, ablated
-
-
-def measure_as_released(model, tokens, furthest: int = 2) -> pd.DataFrame:
-    """`as_released` as a table for sweep(): m, layer, and means over the batch of clean and ablated, with 95 % of clean."""
-    clean, ablated = as_released(model, tokens.to(model.device), furthest)
-    middle, low, high = ratio(clean.T.cpu().double(), torch.ones_like(clean.T.cpu()).double())
-    rows = [(m + 1, layer, float(middle[layer]), float(low[layer]), float(high[layer]), float(ablated[m, layer].mean()))
-            for m in range(furthest) for layer in range(m + 1, len(clean))]  # fmt: skip
-    return pd.DataFrame(rows, columns=["m", "layer", "clean", "low", "high", "ablated"])
-
-
-@contextmanager
-def counted(model):
-    """Counts what a model does inside the block: yields {"runs": forward passes, "tokens": positions computed in them}."""
-    seen = {"runs": 0, "tokens": 0}
-
-    def count(module, args, given):
-        seen["runs"] += 1
-        seen["tokens"] += (args[0] if args else given["input_ids"]).numel()
-
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    return max(matter, key=correlation, default=None), ~chooses
 
 
 def check_choice(name: str, value, known) -> None:
@@ -230,6 +148,11 @@ class Response:
     def compensation(self):
         """CE (sequence,): the sum of later components' changes."""
         return self.attention.sum(1) + self.mlp.sum(1)
+
+    @property
+    def responses(self):
+        """Changes by layer (sequence, layer): its attention's and its MLP's."""
+        return self.attention + self.mlp
 
     @property
     def self_repair(self):

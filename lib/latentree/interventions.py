@@ -34,8 +34,9 @@ def heads_and_logits(model, tokens) -> tuple[torch.Tensor, torch.Tensor]:
 def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> torch.Tensor:
     """Logits at the last position (batch, vocabulary) when `vectors` (batch, width) are added there.
 
-    to: `attention`, to what the layer's attention adds to the residual stream, so that its MLP, where it comes after (not in GPT-NeoX), reads the sum; `stream`, to
-    the residual stream after the whole layer. UserError for another place, or a layer that the model does not have.
+    to: `attention`, to what the layer's attention adds to the residual stream, so that its MLP, where it comes after (not in
+    GPT-NeoX), reads the sum; `stream`, to the residual stream after the whole layer. UserError for another place, or a layer
+    that the model does not have.
     """
     traced = NNsight(model)
     inside = Internals(model, traced)

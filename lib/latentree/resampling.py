@@ -15,12 +15,14 @@ from latentree.corpus import held_out
 from latentree.errors import UserError
 
 
-def stimulus(process, sequences: int, context: int, seed: int = 0, grammar=None, where=None) -> Stimulus:
+def stimulus(process, sequences, context, seed=0, grammar=None, where=None, same_word=True) -> Stimulus:
     """Held-out windows of `context` tokens, each scored at a position drawn from its second half with `seed`.
 
     The next token is of the same document. `where` (sequence, position), booleans over the windows that
     corpus.held_out(process, sequences, context) gives, allows fewer positions; windows without one are left out.
-    `grammar` reads syntactic states: the process's own if it has one; without any, all positions are in one state.
+    `grammar` reads syntactic states: the process's own if it has one; without any, all positions are in one state. With
+    `same_word` a state includes the word that stands there, so that a donor differs only in what came before. Windows whose
+    scored position has no donor are left out.
     UserError if `where` has another shape, the vocabularies differ, or less than 2 windows can be scored.
     """
     fields = held_out(process, sequences, context)
@@ -42,9 +44,11 @@ def stimulus(process, sequences: int, context: int, seed: int = 0, grammar=None,
     state, peers = syntactic_states(grammar, fields), None
     if grammar is not None:
         role = torch.as_tensor(grammar.role_of)
-        peers = (role == role[target][:, None])[kept]
+        peers = role == role[target][:, None]
+    if same_word:
+        state = state * process.vocabulary_size + tokens
     source = document // process.repetitions  # documents that share their latents would give back what is removed
-    return Stimulus(tokens[kept], at[kept], target[kept], state[kept], source[kept], seed, peers)
+    return Stimulus(tokens, at, target, state, source, seed, peers).of(kept)
 
 
 def syntactic_states(grammar, fields) -> torch.Tensor:
@@ -113,10 +117,12 @@ class Stimulus:
     peers: torch.Tensor | None = None
 
     def of(self, kept) -> Stimulus:
-        """Only the sequences that `kept` (sequence,) says."""
+        """Only the sequences that `kept` (sequence,) says, less those whose scored position then has no donor."""
         peers = None if self.peers is None else self.peers[kept]
         fields = (field[kept] for field in (self.tokens, self.at, self.target, self.state, self.source))
-        return Stimulus(*fields, self.seed, peers)
+        shown, row = Stimulus(*fields, self.seed, peers), torch.arange(int(kept.sum()))
+        paired = shown.same_state[0][row, shown.at] != row
+        return shown if paired.all() else shown.of(paired)
 
     @cached_property
     def same_state(self):
