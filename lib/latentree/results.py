@@ -109,6 +109,7 @@ def write_results(out, notebook: str, profile: str, claims: Sequence[Claim]) -> 
 
 def show(claims: Sequence[Claim]) -> pandas.DataFrame:
     """The claims as a table, one row each, for the last cell of a notebook."""
+    pandas.set_option("display.max_colwidth", None)  # statements are read, not glanced at
     columns = ["statement", "corpus", "value", "low", "high", "null", "n", "rule", "verdict"]
     rows = [claim.model_dump() for claim in claims]
     return pandas.DataFrame(rows, columns=["id", *columns]).set_index("id")
