@@ -1,11 +1,13 @@
 """Figures: one palette for the corpora, trees, documents, curves with intervals. Files land in out/figures/."""
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 # Okabe and Ito's colour-blind safe colours; a corpus has the same one in every figure.
 KIND_COLOURS = {"PCFG": "#0072B2", "flat": "#D55E00", "static": "#009E73", "n-gram": "#CC79A7", "hashed n-gram": "#8C6D1F",
@@ -37,7 +39,10 @@ def save(figure, out, name):
     """Write `figure` to out/figures/name.png."""
     folder = Path(out) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+    drawn = BytesIO()
+    figure.savefig(drawn, bbox_inches="tight")
+    palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the size
+    palette.save(folder / f"{name}.png", optimize=True)
 
 
 def save_table(table, out, name):
