@@ -23,14 +23,16 @@ def token_losses(grammar, documents, latent_aware=True):
     return -predictive(grammar, documents, latent_aware, log_token=True)
 
 
-def predictive(grammar, documents, latent_aware=True, log_token=False):
+def predictive(grammar, documents, latent_aware=True, log_token=False, trust=None):
     """Exact next-token distribution before each token: (tokens, vocabulary), or with `log_token` log p(token), (tokens,).
 
-    `documents` are whole documents with their derivation (GrammarProcess.documents).
+    `documents` are whole documents with their derivation (GrammarProcess.documents). `trust` {role: (map, habit)} says how
+    likely their latents still hold: each word stands by its map with the first probability, else is any word of its role,
+    and each use of a habit is the habit's with the second, else drawn afresh; every word and use anew (all 1 by default).
     """
     if grammar.shapes is None:
         raise UserError(f"grammar {grammar.name}: whole distributions need shapes that can be enumerated; use token_losses")
-    sentences = _Sentences(grammar, documents, latent_aware)
+    sentences = _Sentences(grammar, documents, latent_aware, trust)
     shape = (sentences.count, sentences.longest) + (() if log_token else (grammar.vocabulary_size,))
     result = torch.zeros(shape, dtype=torch.float64)
     weight = torch.tensor([s.probability for s in grammar.shapes], dtype=torch.float64).repeat(sentences.count, 1)
@@ -54,8 +56,9 @@ def predictive(grammar, documents, latent_aware=True, log_token=False):
 class _Sentences:
     """The sentences of documents as rows, and the law of a word under a shape given the words before it."""
 
-    def __init__(self, grammar, documents, latent_aware):
+    def __init__(self, grammar, documents, latent_aware, trust=None):
         self.grammar, self.binding = grammar, grammar.file.binding if latent_aware else 0.0
+        self.trust = {role: (1.0, 1.0) for role in grammar.roles} | (trust or {})
         begins = documents.token["place"] == 0
         row = begins.cumsum(0) - 1
         self.count, self.longest = int(row[-1]) + 1, int(documents.token["place"].max()) + 1
@@ -89,7 +92,7 @@ class _Sentences:
         law = self._down(shape, place, place)
         for child in self._children(shape, place):
             law = law * self._up(shape, child, place)
-        return law / law.sum(1, keepdim=True), self.ranks(shape, place) >= 0
+        return self._blurred(shape, place, law / law.sum(1, keepdim=True)), self.ranks(shape, place) >= 0
 
     def _children(self, shape, place):
         return [c for c, parent in enumerate(shape.binds_to) if parent == place] if self.binding > 0 else []
@@ -97,22 +100,28 @@ class _Sentences:
     def _seen(self, shape, at):
         """One-hot ranks of an earlier word: (sentences, size)."""
         ranks, size = self.ranks(shape, at), len(self.laws[shape.roles[at]])
-        return torch.nn.functional.one_hot(ranks.clamp(min=0), size).double()
+        return self._blurred(shape, at, torch.nn.functional.one_hot(ranks.clamp(min=0), size).double())
+
+    def _blurred(self, shape, at, law):
+        """A law over ranks (sentences, size) as one over words, which their map may have lost (and the reverse)."""
+        kept = self.trust[shape.roles[at]][0]
+        return kept * law + (1 - kept) / law.shape[1]
 
     def _down(self, shape, node, now):
         """What the words above and beside `node` say of its rank: (sentences, size)."""
         parent, law = shape.binds_to[node], self.laws[shape.roles[node]]
         if parent < 0 or self.binding == 0:
             return law.expand(self.count, -1)
-        if parent < now:
+        if parent < now and self.trust[shape.roles[parent]][0] == 1:
             above = self._seen(shape, parent)
         else:
-            above = self._down(shape, parent, now)
+            above = self._down(shape, parent, now) * (self._seen(shape, parent) if parent < now else 1)
             for sibling in self._children(shape, parent):
                 if sibling != node:
                     above = above * self._up(shape, sibling, now)
         called = torch.zeros(self.count, len(law), dtype=torch.float64).scatter_add(1, self.habits[shape.roles[node]], above)
-        return self.binding * called + (1 - self.binding) * law * above.sum(1, keepdim=True)
+        binding = self.binding * self.trust[shape.roles[node]][1]
+        return binding * called + (1 - binding) * law * above.sum(1, keepdim=True)
 
     def _up(self, shape, node, now):
         """What `node` and the words below it say of its parent's rank: (sentences, parent's size)."""
@@ -121,7 +130,8 @@ class _Sentences:
         if node >= now:
             for child in self._children(shape, node):
                 below = below * self._up(shape, child, now)
-        return self.binding * below.gather(1, habit) + (1 - self.binding) * (below @ law)[:, None]
+        binding = self.binding * self.trust[shape.roles[node]][1]
+        return binding * below.gather(1, habit) + (1 - binding) * (below @ law)[:, None]
 
 
 def role_losses(grammar, documents):
