@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from latentree.corpus import held_out
 from latentree.errors import UserError
 from latentree.model import build_model
-from latentree.probes import (latent_probe, probe_table, residual_streams, spanning_tree, structural_probe, uuas,
+from latentree.probes import (latent_probe, residual_streams, spanning_tree, structural_probe, structure, uuas,
                               whole_sentences, word_states)
 from latentree.reader import ideal_decoder, top_word
 from latentree.sampler import GrammarProcess
@@ -61,32 +61,51 @@ def embedded(shapes, rows, sentences, width=64):
     return states
 
 
+def means(scores):
+    return {name: values.nanmean(1).tolist() for name, values in scores.items()}
+
+
 def test_a_tree_in_the_states_is_found_and_none_is_not():
     _, rows, shapes, sentences = nested()
     states = torch.stack([embedded(shapes, rows, sentences), torch.randn(*sentences.column.shape, 64)])
     row, scores = structural_probe(states, sentences, rank=64, steps=400)
     assert torch.equal(row, sentences.row[sentences.row > sentences.row.max() // 2])
-    table = probe_table(scores, row, ["tree", "noise"]).set_index(["layer", "score"])["value"]
-    assert table["tree", "uuas"] > 0.995 and table["tree", "spearman"] > 0.99 and table["tree", "depth"] > 0.97
-    assert abs(table["noise", "spearman"]) < 0.15 and abs(table["noise", "depth"]) < 0.15
+    found = means(scores)
+    assert found["uuas"][0] > 0.99 and found["spearman"][0] > 0.98 and found["depth"][0] > 0.97
+    assert abs(found["spearman"][1]) < 0.15 and abs(found["depth"][1]) < 0.15
     there = sentences.column >= 0
     chance = uuas(torch.rand(50, *sentences.distance.shape), sentences.distance, there).nanmean()
-    assert abs(table["noise", "uuas"] - chance) < 0.04
+    assert abs(found["uuas"][1] - chance) < 0.04
     _, shuffled = structural_probe(states, sentences.shuffled(), rank=64, steps=400)
-    selectivity = probe_table({k: scores[k] - shuffled[k] for k in scores}, row, ["tree", "noise"]).set_index(["layer", "score"])
-    assert selectivity["low"]["tree", "uuas"] > 0.03 and abs(selectivity["value"]["noise", "uuas"]) < 0.05
+    shuffled = means(shuffled)
+    assert found["uuas"][0] > shuffled["uuas"][0] + 0.03 and abs(found["uuas"][1] - shuffled["uuas"][1]) < 0.05
+    _, whitened = structural_probe(states @ torch.diag(torch.logspace(-1.5, 1.5, 64)), sentences, rank=64, steps=400)
+    assert means(whitened)["uuas"][0] > 0.97  # a linear map of the states is no obstacle
 
 
 def test_where_place_gives_the_tree_place_alone_scores_one_and_shuffled_trees_are_the_trees():
     process = GrammarProcess(make("Sentence -> Clause 'and' Clause [1.0]\nClause -> 'noun' 'verb' [1.0]"))
     rows = held_out(process, 64, 32)
     sentences = whole_sentences(rows, process.documents([0]).shapes)
-    states = word_states(torch.randn(1, 64, 32, 3), sentences)  # narrower than a sentence is long
-    assert states.shape[0] == 2 and (states[0, 0] == torch.eye(5)).all()
-    row, scores = structural_probe(states, sentences)
-    assert scores["uuas"][0].min() == 1 and scores["spearman"][0].mean() > 0.99
-    assert scores["depth"][0].isfinite().all() and scores["uuas"][1].mean() < 0.9
+    states, inputs = word_states(torch.randn(2, 64, 32, 3), sentences)
+    assert inputs == [("place", 0), ("state", 0), ("state", 1), ("place and state", 0), ("place and state", 1)]
+    assert states.shape[0] == 5 and states.shape[-1] == 3 + 5 and (states[0, 0, :, 3:] == torch.eye(5)).all()
+    assert (states[1, ..., 3:] == 0).all() and torch.equal(states[3], states[0] + states[1])
+    _, scores = structural_probe(states, sentences)
+    found = means(scores)
+    assert found["uuas"][0] == 1 and found["spearman"][0] > 0.99 and found["uuas"][1] < 0.9 < found["uuas"][3]
     assert torch.equal(sentences.shuffled().distance, sentences.distance)
+
+
+def test_scores_of_a_model_are_summed_by_window():
+    process, rows, shapes, sentences = nested(40)
+    model = build_model("llama", process.vocabulary_size, 2, 16, 2, 32).eval()
+    table = structure(model, rows["tokens"], sentences)
+    row, scores = structural_probe(word_states(residual_streams(model, rows["tokens"]), sentences)[0], sentences)
+    here = table[(table["input"] == "state") & (table["layer"] == 2) & (table["name"] == "uuas")]
+    assert len(here) == len(row.unique()) and here["sum"].sum() == pytest.approx(float(scores["uuas"][3].nansum()))
+    assert here["count"].tolist() == row.bincount()[row.unique()].tolist()
+    assert set(zip(table["input"], table["layer"])) == {("place", 0)} | {(i, n) for i in ("state", "place and state") for n in range(3)}
 
 
 def test_layers_are_trained_apart():

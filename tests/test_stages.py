@@ -10,19 +10,27 @@ from grammars import RECURSIVE, make, random_grammar, sentence_grammars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentree.corpus import held_out, load_process
+from latentree.curves import Curve, curves, sequence_sums
 from latentree.errors import UserError
-from latentree.legal import followers, legal_mass, role_mass, syntactic_states
+from latentree.legal import followers, legal_mass, masses, next_roles, role_mass
+from latentree.model import build_model, log_probabilities
 from latentree.parsing import PrefixParser
 from latentree.predictors import counts_losses, predictive, role_losses, token_losses
 from latentree.reader import reader_losses
 from latentree.sampler import HELD_OUT, GrammarProcess
-from latentree.stages import by_group, exact_predictors, half_way, known_to, level_shares, loss_parts
+from latentree.stages import exact_predictors, known_to, level_curves, loss_parts, losses_by_level
 
 torch.set_num_threads(1)
 SECTIONS = {"document": {"sections": 3, "paragraphs": 1, "sentences": 4}, "redraw": {"document": 1.0, "section": 0.5},
             "binding": 0.8, "habits": {"verb": "noun"}}
 INVERTED = "Sentence -> 'noun' 'verb' 'and' [0.5] | 'verb' 'noun' [0.3] | 'and' [0.2]"
 SMALL = {"noun": {"size": 2, "zipf": 1.0}, "verb": {"size": 3, "zipf": 1.0}, "and": {"size": 2, "zipf": 0.5}}
+
+
+def shares(own, exact):
+    """Values of `level_curves` of one checkpoint whose parts of the loss are `own`."""
+    losses = {level: Curve(np.array([1]), part.nansum(1, keepdim=True).numpy(), np.ones((len(part), 1))) for level, part in own.items()}
+    return {level: curve.table().loc[0] for level, curve in level_curves(losses, exact).items()}
 
 
 # ---------------------------------------------------------------------- legal mass
@@ -33,17 +41,19 @@ SMALL = {"noun": {"size": 2, "zipf": 1.0}, "verb": {"size": 3, "zipf": 1.0}, "an
 def test_legal_tokens_and_followers_are_those_of_the_shapes(sentence):
     grammar = random_grammar(sentence, 0.0, {"document": 1.0})
     rows = held_out(GrammarProcess(grammar), 3, 24)
-    state, names, legal = syntactic_states(grammar, rows["tokens"])
-    for number, name in enumerate(names):
-        prefix = tuple(name.split())
-        roles = {shape.roles[len(prefix)] for shape in grammar.shapes if shape.roles[: len(prefix)] == prefix}
-        allowed = {token for role in roles for token in grammar.words[grammar.roles.index(role)].tolist()}
-        assert set(legal[number].nonzero()[:, 0].tolist()) == allowed
+    state, names, legal = next_roles(grammar, rows["tokens"])
+    prefix_of = {}
     for row, column in product(range(3), range(24)):
         begin = column - int(rows["place"][row, column])
         ended = rows["tokens"][row, column] == grammar.end
-        so_far = [] if ended else [grammar.roles[r] for r in rows["role"][row, begin : column + 1].tolist()]
-        assert names[state[row, column]] == " ".join(so_far)
+        prefix = () if ended else tuple(grammar.roles[r] for r in rows["role"][row, begin : column + 1].tolist())
+        assert prefix_of.setdefault(int(state[row, column]), prefix) == prefix
+    for number, prefix in prefix_of.items():
+        roles = {shape.roles[len(prefix)] for shape in grammar.shapes if shape.roles[: len(prefix)] == prefix}
+        allowed = {token for role in roles for token in grammar.words[grammar.roles.index(role)].tolist()}
+        assert set(legal[number].nonzero()[:, 0].tolist()) == allowed
+        last, _, following = names[number].partition(" > ")
+        assert last == (prefix or ("end",))[-1] and set(following.split("|")) == roles
     pairs = {}
     for shape in grammar.shapes:
         for pair in zip(shape.roles, shape.roles[1:]):
@@ -57,7 +67,7 @@ def test_legal_tokens_and_followers_are_those_of_the_shapes(sentence):
 def test_the_exact_predictors_mass_is_all_legal(fields):
     grammar = make(**fields)
     tokens = held_out(GrammarProcess(grammar), 6, 20)["tokens"]
-    state, names, legal = syntactic_states(grammar, tokens)
+    state, names, legal = next_roles(grammar, tokens)
     parser, p = PrefixParser(grammar), torch.zeros(6, 20, grammar.vocabulary_size, dtype=torch.float64)
     for row in range(6):
         begin = 0
@@ -78,9 +88,10 @@ def test_released_values():
     rows, exact = exact_predictors(process, 64, 64)
     mass = role_mass(process.grammar, exact["syntax"], rows["tokens"][:, :-1], "subject", "verb")
     assert 0.6 < mass.nanmean() < 0.73
-    state, names, legal = syntactic_states(process.grammar, rows["tokens"][:, :-1])
-    sentences = by_group(mass, state, names).set_index("group")["value"]
-    assert sentences["subject"] == pytest.approx(1) and sentences["verb subject"] == pytest.approx(0, abs=1e-12)
+    state, names, legal = next_roles(process.grammar, rows["tokens"][:, :-1])
+    means = sequence_sums(mass, state, names).groupby("name")[["sum", "count"]].sum()
+    means = means["sum"] / means["count"]
+    assert means["subject > verb"] == pytest.approx(1) and means["subject > object"] == pytest.approx(0, abs=1e-12)
     for p in (exact["syntax"], exact["habits"]):
         assert legal_mass(p, state, legal).min() > 1 - 1e-9
     grammar = make(RECURSIVE)
@@ -165,14 +176,14 @@ def test_shares_are_one_for_what_a_predictor_knows_and_nought_for_what_it_does_n
     grammar, names = process.grammar, list(exact)
     parts = {name: loss_parts(grammar, p, rows) for name, p in exact.items()}
     for known, name in enumerate(names):
-        table = level_shares(parts[name], parts).set_index("level")
-        assert list(table.index) == names[1:] == list(parts[name])
-        for number, level in enumerate(table.index, 1):
+        found = shares(parts[name], parts)
+        assert list(found) == names[1:] == list(parts[name])
+        for number, level in enumerate(found, 1):
             if number in (known, known + 1):
-                assert table["value"][level] == pytest.approx(float(number <= known), abs=1e-9)
-        assert (table["low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["high"] + 1e-12).all()
+                assert found[level].value == pytest.approx(float(number <= known), abs=1e-9)
+            assert found[level].low - 1e-12 <= found[level].value <= found[level].high + 1e-12
     for name in ("syntax", "maps"):  # the document's latents mislead where the section redrew: that is left out
-        assert abs(level_shares(parts[name], parts)["value"][4]) < 0.1
+        assert abs(shares(parts[name], parts)["section"].value) < 0.1
     loss, free = -exact["habits"].gather(-1, rows["tokens"][:, 1:, None])[..., 0], rows["free"][:, 1:]
     whole = sum(parts["habits"][name] for name in ("frequencies", "syntax", "maps"))
     assert torch.allclose(loss[free], whole[free]) and whole[~free].isnan().all()
@@ -192,47 +203,38 @@ def test_levels_are_told_apart_in_whatever_order_they_are_learned():
         p = exact["habits"][..., words].exp()
         within = torch.where(p.sum(-1, keepdim=True) > 0, p / p.sum(-1, keepdim=True), 1 / len(words))
         no_syntax[..., words] = share * within
-    table = level_shares(loss_parts(grammar, no_syntax.log(), rows), parts).set_index("level")["value"]
-    assert abs(table["syntax"]) < 0.01 and table["maps"] == pytest.approx(1, abs=0.03)
-    assert table["habits"] == pytest.approx(1, abs=1e-9)
-    table = level_shares(parts["syntax"], parts).set_index("level")["value"]
-    assert table["syntax"] == 1 and table["maps"] == 0 and abs(table["habits"]) < 0.1
+    found = shares(loss_parts(grammar, no_syntax.log(), rows), parts)
+    assert abs(found["syntax"].value) < 0.01 and found["maps"].value == pytest.approx(1, abs=0.03)
+    assert found["habits"].value == pytest.approx(1, abs=1e-9)
+    found = shares(parts["syntax"], parts)
+    assert found["syntax"].value == 1 and found["maps"].value == 0 and abs(found["habits"].value) < 0.1
 
 
-def test_nothing_to_tell_is_not_a_number():
+def test_what_has_nothing_to_tell_is_left_out():
     rows, exact = exact_predictors(process := GrammarProcess(make()), 20, 20)
     parts = {name: loss_parts(process.grammar, p, rows) for name, p in exact.items()}
-    table = level_shares(parts["maps"], parts).set_index("level")
-    assert np.isnan(table["value"]["habits"]) and table["value"]["maps"] == 1
+    found = shares(parts["maps"], parts)
+    assert "habits" not in found and found["maps"].value == pytest.approx(1)
     for fields in ({"shared": 0.5}, {"sentence": RECURSIVE}, {"redraw": {}}):
         with pytest.raises(UserError, match="apart"):
             exact_predictors(GrammarProcess(make(**fields)), 2, 8)
 
 
-# ---------------------------------------------------------------------- curves
-
-
-def test_half_way_is_linear_in_log_tokens():
-    assert half_way([0, 10, 1000], [0, 0.2, 0.8]) == pytest.approx(10 ** (1 + 2 / 3))
-    assert half_way([100, 10_000], [0.0, 1.0]) == pytest.approx(1000)
-    assert half_way([5, 10], [0.9, 1.0]) == pytest.approx(5) and half_way([0, 100], [0, 1]) == pytest.approx(10)
-    assert np.isnan(half_way([1, 2], [0.5, 0.0])) and np.isnan(half_way([1, 2], [0.5, np.nan]))
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.1, 10))
-@settings(max_examples=100, deadline=None)
-def test_half_way_does_not_depend_on_scale(values, factor):
-    values = [*values, 1.0]
-    tokens = 10 ** np.arange(len(values))
-    found = half_way(tokens, values)
-    assert tokens[0] <= found <= tokens[-1] * (1 + 1e-9) and found == pytest.approx(half_way(tokens, np.array(values) * factor))
-
-
-def test_by_group_merges_names_and_leaves_out_what_is_not_there():
-    values, group = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 4.0, 5.0]]), torch.tensor([[0, 1, 2], [0, 2, 3]])
-    table = by_group(values, group, ["a", "b", "b", "c"]).set_index("group")
-    assert table["value"].to_dict() == {"a": 2, "b": 3, "c": 5} and table["tokens"].to_dict() == {"a": 2, "b": 2, "c": 1}
-    assert table["low"]["a"] < 2 < table["high"]["a"] and np.isnan(table["low"]["c"])
+def test_tables_of_a_model_are_its_masses_and_losses():
+    process = GrammarProcess(make(**SECTIONS))
+    rows, _ = exact_predictors(process, 6, 24)
+    model = build_model("llama", process.vocabulary_size, 1, 16, 2, 24).eval()
+    log_p = log_probabilities(model, rows["tokens"], rows=4)
+    assert torch.allclose(log_p.exp().sum(-1), torch.ones(6, 24)) and not log_p.requires_grad
+    losses = losses_by_level(model, process.grammar, rows)
+    for level, part in loss_parts(process.grammar, log_p[:, :-1], rows).items():
+        here = losses[losses["level"] == level]
+        assert here["sum"].to_numpy() == pytest.approx(part.nansum(1).numpy()) and list(here["count"]) == (~part.isnan()).sum(1).tolist()
+    table = masses(model, process.grammar, rows["tokens"]).groupby(["quantity", "name"])[["sum", "count"]].sum()
+    legal = table.loc["legal"].drop("all")
+    assert legal["count"].sum() == table.loc["legal", "all"]["count"] == 6 * 24
+    assert legal["sum"].sum() == pytest.approx(table.loc["legal", "all"]["sum"], rel=1e-5)
+    assert set(table.loc["role"].index) == {"noun > verb", "noun > end", "verb > noun", "verb > and", "verb > end", "and > noun"}
 
 
 # ---------------------------------------------------------------------- ideal reader

@@ -4,15 +4,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latentree.curves import sequence_sums
 from latentree.grammar import END, Grammar
+from latentree.model import log_probabilities
 from latentree.parsing import PrefixParser
 
 
-def syntactic_states(grammar: Grammar, tokens: torch.Tensor) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-    """The state after each of tokens (sequence, position), which begin with a sentence: all roles of the sentence so far.
+def next_roles(grammar: Grammar, tokens: torch.Tensor) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """What the grammar allows after each of tokens (sequence, position), which begin with a sentence.
 
-    Returns each token's state (sequence, position), the states' names ("subject verb", "" before a sentence), and the
-    tokens that the grammar allows after each (state, vocabulary), bool. A shared token has all its roles ("noun/verb").
+    Returns the number of each place's state (sequence, position), all roles of the sentence so far; the states' names,
+    the last role and those that may follow ("subject > verb", "end > subject|verb" where a sentence begins), so that
+    several have the same; and the tokens allowed after each (state, vocabulary), bool. A shared token has all its roles
+    ("noun/verb").
     """
     parser = PrefixParser(grammar)
     symbols = [s[0][0] if len(s) == 1 else s for s in parser.prefix_of(list(range(grammar.vocabulary_size)))]
@@ -27,12 +31,14 @@ def syntactic_states(grammar: Grammar, tokens: torch.Tensor) -> tuple[torch.Tens
             state = 0 if token == grammar.end else following[step]
             states.append(state)
         rows.append(states)
-    legal = torch.zeros(len(prefixes), grammar.vocabulary_size, dtype=torch.bool)
+    legal, names = torch.zeros(len(prefixes), grammar.vocabulary_size, dtype=torch.bool), []
     for number, prefix in enumerate(prefixes):
-        for p, words in zip(parser.next_roles(prefix), grammar.words):
-            if p > 0:
-                legal[number, words] = True
-    names = [" ".join(s if isinstance(s, str) else "/".join(role for role, _ in s) for s in prefix) for prefix in prefixes]
+        allowed = [r for r, p in enumerate(parser.next_roles(prefix)) if p > 0]
+        for r in allowed:
+            legal[number, grammar.words[r]] = True
+        last = prefix[-1] if prefix else END
+        last = last if isinstance(last, str) else "/".join(role for role, _ in last)
+        names.append(f"{last} > {'|'.join(grammar.roles[r] for r in allowed)}")
     return torch.tensor(rows), names, legal
 
 
@@ -46,6 +52,21 @@ def role_mass(grammar: Grammar, log_p: torch.Tensor, tokens: torch.Tensor, befor
     mass = log_p[..., grammar.words[grammar.roles.index(role)]].exp().sum(-1)
     there = torch.isin(tokens, torch.as_tensor(grammar.words[grammar.roles.index(before)]))
     return mass.masked_fill(~there, torch.nan)
+
+
+def masses(model, grammar: Grammar, tokens: torch.Tensor) -> pd.DataFrame:
+    """What a model thinks of the roles after tokens (sequence, position): DataFrame (quantity, name, sequence, sum, count).
+
+    quantity "legal": `legal_mass` by the names of `next_roles`, and of all places ("all"). quantity "role": `role_mass` of
+    each pair of roles that can follow each other ("subject > verb").
+    """
+    log_p, (state, names, legal) = log_probabilities(model, tokens), next_roles(grammar, tokens)
+    mass, pairs = legal_mass(log_p, state, legal), followers(grammar)
+    found = [sequence_sums(mass, state, names), sequence_sums(mass).assign(name="all")]
+    found = [rows.assign(quantity="legal") for rows in found]
+    for a, b in ((a, b) for a in pairs.index for b in pairs.columns if pairs[b][a] > 0):
+        found.append(sequence_sums(role_mass(grammar, log_p, tokens, a, b)).assign(name=f"{a} > {b}", quantity="role"))
+    return pd.concat(found, ignore_index=True)[["quantity", "name", "sequence", "sum", "count"]]
 
 
 def followers(grammar: Grammar) -> pd.DataFrame:

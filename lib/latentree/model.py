@@ -112,3 +112,9 @@ def next_token_losses(logits, tokens) -> torch.Tensor:
     """Losses in nats of predicting each next token: (batch, position - 1) from logits (batch, position, vocabulary)."""
     targets = tokens[:, 1:]
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+@torch.no_grad()
+def log_probabilities(model, tokens, rows: int = 64) -> torch.Tensor:
+    """Log probabilities (sequence, position, vocabulary), float32, of the token after each of tokens (sequence, position)."""
+    return torch.cat([model(input_ids=part, use_cache=False).logits.float().log_softmax(-1) for part in tokens.split(rows)])

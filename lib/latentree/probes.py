@@ -11,9 +11,9 @@ import torch
 from nnsight import NNsight
 from scipy.stats import rankdata
 
+from latentree.curves import sequence_sums
 from latentree.errors import UserError
 from latentree.internals import Internals
-from latentree.statistics import ratio
 
 
 @torch.no_grad()
@@ -78,39 +78,47 @@ def whole_sentences(rows: dict, shapes: list, longest: int = 24) -> Sentences:
     return Sentences(torch.tensor([row for row, _, _ in found]), column, distance, depth)
 
 
-def word_states(streams: torch.Tensor, sentences: Sentences) -> torch.Tensor:
-    """States of the sentences' words (layers + 2, sentence, word, width): first their one-hot places, then `streams`."""
+def word_states(streams: torch.Tensor, sentences: Sentences) -> tuple[torch.Tensor, list[tuple[str, int]]]:
+    """States of the sentences' words (input, sentence, word, width + words) to be probed, and what each input is.
+
+    Inputs are ("place", 0), the one-hot place in the sentence alone; ("state", layer) of `streams`; and ("place and
+    state", layer), both side by side, which shows what the state adds to the place. Layer 0 is the embedding: the word.
+    """
+    longest, layers = sentences.column.shape[1], len(streams)
     states = streams[:, sentences.row[:, None], sentences.column.clamp(min=0)]
-    states = torch.nn.functional.pad(states, (0, max(0, states.shape[2] - states.shape[3])))
-    places = torch.eye(states.shape[2], states.shape[3]).expand(1, states.shape[1], -1, -1)
-    return torch.cat([places.to(states), states])
+    states = states / states[:, sentences.column >= 0].var(1).mean(-1).sqrt().clamp(min=1e-9)[:, None, None, None]
+    places = torch.eye(longest).to(states).expand(1, len(sentences.row), -1, -1)
+    alone, only = (torch.nn.functional.pad(x, pad) for x, pad in ((states, (0, longest)), (places, (states.shape[-1], 0))))
+    inputs = [("place", 0), *(("state", i) for i in range(layers)), *(("place and state", i) for i in range(layers))]
+    return torch.cat([only, alone, alone + only]), inputs
 
 
 def structural_probe(states: torch.Tensor, sentences: Sentences, rank: int = 32, steps: int = 300, seed: int = 0) -> tuple:
     """Scores on the second half of the windows (Hewitt & Manning 2019) of maps B (rank, width), one for each layer.
 
-    |B (h_i - h_j)|^2 is fitted to the tree distance of words i and j of `states` (layer, sentence, word, width), and
-    with another B, |B h_i|^2 to their depth: the mean absolute error in a sentence, averaged over sentences, by Adam.
-    Returns the windows of the sentences scored (sentence,), and {score: (layer, sentence)}: uuas, the share of the
+    |B (h_i - h_j)|^2 is fitted to the tree distance of words i and j of `states` (input, sentence, word, width), and
+    with another B, |B h_i|^2 to their depth: the mean squared error in a sentence, averaged over sentences, by Adam. (With
+    the absolute error of Hewitt and Manning the control that sees places alone is not determined: it may predict any
+    value between two medians.) Inputs are whitened first, which changes no map's reach and lets few steps do.
+    Returns the windows of the sentences scored (sentence,), and {score: (input, sentence)}: uuas, the share of the
     edges of the minimum spanning tree of predicted distances that are in that of tree distances; spearman, of all pairs
     of words (`_spearman`); depth, the same of all words, NaN where depth is constant. A constituency tree has no heads,
     so its distances have several minimum spanning trees (any two edges join three sisters): the one nearest to the
     prediction counts.
     """
     test, there = sentences.row > sentences.row.max() // 2, sentences.column >= 0
-    spread = states[:, ~test][:, there[~test]].var(1).sum(-1).sqrt()  # one step size then fits all layers
-    states = states / spread.clamp(min=1e-9)[:, None, None, None]
+    states = _whitened(states, states[:, ~test][:, there[~test]])
     generator = torch.Generator().manual_seed(seed)
     maps = (torch.randn(2, len(states), rank, states.shape[-1], generator=generator) / rank**0.5).requires_grad_()
     pairs = (there[:, :, None] & there[:, None, :]).float()
     gold, depth = sentences.distance.nan_to_num(0.0), sentences.depth.nan_to_num(0.0)
     optimizer, train = torch.optim.Adam([maps], lr=0.05), (~test).nonzero()[:, 0]
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)  # the L1 loss has no slope to end on
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(steps):
         batch = train[torch.randint(len(train), (64,), generator=generator)]
         far, deep = _predictions(maps, states[:, batch])
-        loss = ((far - gold[batch]).abs() * pairs[batch]).sum((-2, -1)) / pairs[batch].sum((-2, -1))
-        loss = loss + ((deep - depth[batch]).abs() * there[batch]).sum(-1) / there[batch].sum(-1)
+        loss = ((far - gold[batch]).square() * pairs[batch]).sum((-2, -1)) / pairs[batch].sum((-2, -1))
+        loss = loss + ((deep - depth[batch]).square() * there[batch]).sum(-1) / there[batch].sum(-1)
         optimizer.zero_grad()
         loss.mean(1).sum().backward()  # each layer's maps get the gradient of their own loss only
         optimizer.step()
@@ -120,6 +128,16 @@ def structural_probe(states: torch.Tensor, sentences: Sentences, rank: int = 32,
     return sentences.row[test], {"uuas": uuas(far, sentences.distance[test], there[test]),
                                  "spearman": _spearman(far[..., above], sentences.distance[test][:, above]),
                                  "depth": _spearman(deep, sentences.depth[test])}
+
+
+def _whitened(states, sample, least=1e-4):
+    """States (input, ..., width) in coordinates where sample (input, word, width) is as long in each direction, about 1 in all.
+
+    Directions with less than `least` of the largest mean square stay as small as they are beside it.
+    """
+    square, directions = torch.linalg.eigh(sample.mT @ sample / sample.shape[1])
+    scale = torch.maximum(square, least * square[:, -1:]).clamp(min=1e-12).mul(states.shape[-1]).rsqrt()
+    return torch.einsum("lsnw,lwv->lsnv", states, directions * scale[:, None])
 
 
 def _predictions(maps, states):
@@ -165,18 +183,22 @@ def _spearman(predicted, gold):
     return (x * y).sum(-1) / y.square().sum(-1)
 
 
-def probe_table(scores: dict, row: torch.Tensor, layers: list) -> pd.DataFrame:
-    """Means of scores {score: (layer, sentence)}, by window `row` (sentence,): DataFrame (layer, score, value, low, high).
+def structure(model, tokens: torch.Tensor, sentences: Sentences, seed: int = 0) -> pd.DataFrame:
+    """Scores of structural probes of all inputs (`word_states`) of a model's states on tokens (sequence, position).
 
-    95 % over windows, as `ratio`. For selectivity give the scores with true trees less those with shuffled ones.
+    DataFrame (input, layer, name, sequence, sum, count): sums of a score (uuas, spearman, depth) over the sentences in
+    each window of the second half. With `sentences.shuffled()` in place of `sentences` it is the shuffled control.
     """
-    found = []
+    states, inputs = word_states(residual_streams(model, tokens), sentences)
+    row, scores = structural_probe(states, sentences, seed=seed)
+    length, found = int(row.bincount().max()), []
+    at = torch.arange(len(row)) - torch.searchsorted(row, row)  # of the window's sentences
     for name, values in scores.items():
-        counted = (~values.isnan()).double()
-        sums, counts = (torch.zeros(int(row.max()) + 1, len(layers), dtype=torch.float64).index_add(0, row, part.T)
-                        for part in (values.double().nan_to_num(0.0), counted))
-        found += [(layer, name, *map(float, interval)) for layer, *interval in zip(layers, *ratio(sums, counts))]
-    return pd.DataFrame(found, columns=["layer", "score", "value", "low", "high"])
+        for (what, layer), value in zip(inputs, values):
+            spread = torch.full((int(row.max()) + 1, length), torch.nan, dtype=torch.float64)
+            spread[row, at] = value.double()
+            found.append(sequence_sums(spread[row.unique()]).assign(input=what, layer=layer, name=name))
+    return pd.concat(found, ignore_index=True)[["input", "layer", "name", "sequence", "sum", "count"]]
 
 
 def latent_probe(streams: torch.Tensor, top: torch.Tensor, at: torch.Tensor, words, ridge: float = 0.01) -> torch.Tensor:

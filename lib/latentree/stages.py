@@ -1,4 +1,4 @@
-"""What is learned when: a model's loss in parts that each tell of one level of the hierarchy, and curves in half-times.
+"""What is learned when: a model's loss in parts that each tell of one level of the hierarchy, scaled by exact predictors.
 
 One loss against nested ceilings passes them one after the other whatever is learned first. So the loss is split by the
 chain rule into parts, each of which only one level can lower, and the same split of exact predictors scales it:
@@ -15,16 +15,16 @@ Parts of a loss are in nats for each token from the second one on, and not a num
 
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
 
 from latentree.corpus import held_out
+from latentree.curves import sequence_sums
 from latentree.errors import UserError
 from latentree.grammar import LEVELS, Grammar
+from latentree.model import log_probabilities
 from latentree.predictors import predictive
 from latentree.sampler import HELD_OUT, GrammarProcess
-from latentree.statistics import ratio, recovered_share
 
 
 def exact_predictors(process: GrammarProcess, sequences: int, context: int) -> tuple[dict, dict]:
@@ -125,42 +125,21 @@ def loss_parts(grammar: Grammar, log_p: torch.Tensor, rows: dict) -> dict:
     return parts | {level: event.where(bound & ~same & (token != above), torch.nan) for level in deepest}
 
 
-def level_shares(own: dict, exact: dict) -> pd.DataFrame:
-    """Recovered share of each level, (without - loss) / (without - with), by parts `own` of a loss (of `loss_parts`).
+def losses_by_level(model, grammar: Grammar, rows: dict) -> pd.DataFrame:
+    """Sums of `loss_parts` of a model over each of the windows `rows`: DataFrame (level, sequence, sum, count)."""
+    parts = loss_parts(grammar, log_probabilities(model, rows["tokens"])[:, :-1], rows)
+    return pd.concat([sequence_sums(part).assign(name=level) for level, part in parts.items()]).rename(columns={"name": "level"})
 
-    `exact` {predictor: parts} has those of `exact_predictors`, in their order: `with` is the predictor of the level's
-    name, `without` the one before. DataFrame (level, value, low, high, nats): the interval by bootstrap over sequences,
-    nothing clipped; nats is without - with for each token of the part. NaN where a level has nothing to tell.
+
+def level_curves(own: dict, exact: dict) -> dict:
+    """Recovered share of each level, a `Curve` (without - loss) / (without - with), by loss curves `own` {level: Curve}.
+
+    `exact` {predictor: parts of `loss_parts`} has those of `exact_predictors`, in their order: `with` is the predictor of
+    the level's name, `without` the one before. Nothing is clipped; a level that has nothing to tell is left out.
     """
-    found, names = [], list(exact)
+    found, names = {}, list(exact)
     for before, name in zip(names, names[1:]):
-        sums = [part[name].nansum(1) for part in (own, exact[before], exact[name])]
-        nats = float((sums[1] - sums[2]).sum() / (~own[name].isnan()).sum())
-        found.append([name, *(recovered_share(*sums) if abs(nats) > 1e-6 else [float("nan")] * 3), nats])
-    return pd.DataFrame(found, columns=["level", "value", "low", "high", "nats"])
-
-
-def by_group(values: torch.Tensor, group: torch.Tensor, names) -> pd.DataFrame:
-    """Mean of values (sequence, position) in each group (numbers, same shape), 95 % over sequences as `ratio`; NaN left out.
-
-    DataFrame (group, value, low, high, tokens). `names` say what the numbers mean; equal names are one group.
-    """
-    labels, merged = np.unique(np.asarray(names), return_inverse=True)
-    group, counted = torch.as_tensor(merged)[group], (~values.isnan()).double()
-    sums, counts = (torch.zeros(len(values), len(labels), dtype=torch.float64).scatter_add(1, group, part)
-                    for part in (values.double().nan_to_num(0.0), counted))
-    value, low, high = (part.numpy() for part in ratio(sums, counts))
-    table = pd.DataFrame({"group": labels, "value": value, "low": low, "high": high, "tokens": counts.sum(0).long().numpy()})
-    return table[table["tokens"] > 0].reset_index(drop=True)
-
-
-def half_way(tokens, values) -> float:
-    """Training tokens after which a curve first passes half of its last value, linear in log tokens (0 counts as 1).
-
-    NaN if the last value is not above 0.
-    """
-    if not values[-1] > 0:
-        return float("nan")
-    x, y = np.log(np.maximum(np.asarray(tokens, float), 1)), np.asarray(values, float) / values[-1] - 0.5
-    after = int((y >= 0).argmax())
-    return float(np.exp(np.interp(0, y[after - 1 : after + 1], x[after - 1 : after + 1]) if after else x[0]))
+        without, aware = (exact[predictor][name].nansum(1).numpy() for predictor in (before, name))
+        if abs((without - aware).sum()) > 1e-6 * max(1, abs(without).sum()):
+            found[name] = own[name].recovered(without, aware)
+    return found
