@@ -19,8 +19,9 @@ NOTEBOOKS = {
     "03_induction_heads": ["02_training"],
     "04_function_vectors": ["02_training"],
     "05_hydra_effect": ["02_training"],
+    "06_hierarchy_in_stages": ["02_training"],
 }
-HEAVY = {"02_training", "03_induction_heads", "04_function_vectors", "05_hydra_effect"}  # these take two threads, the others one
+LIGHT = {"01_grammar_design"}  # one thread is enough; the others take two
 
 PROFILE = config.get("profile", "laptop")
 OUT = output_folder(PROFILE).as_posix()
@@ -54,7 +55,7 @@ for name, after in HERE.items():
         output:
             result=result(name),
             stamp=touch(stamp(name)),
-        threads: 2 if name in HEAVY else 1
+        threads: 1 if name in LIGHT else 2
         priority: -list(HERE).index(name)
         params:
             python=sys.executable,

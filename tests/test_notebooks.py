@@ -30,6 +30,11 @@ CLAIMS = {
     | {"hydra-not-on-bound-flat", "hydra-not-on-ngram", "hydra-not-on-released-ngram", "hydra-more-than-flat", "self-repair-of-a-head-on-pcfg",
        "self-repair-of-a-head-on-pcfg-deeper", "as-released-on-bound", "as-released-on-bound-flat", "as-released-on-released-small",
        "as-released-on-bound-order3", "as-released-not-on-released-ngram"},
+    "06_hierarchy_in_stages": {"shallow-before-deep", "syntax-after-frequencies", "section-after-document", "no-latents-on-flat", "tree-beyond-position",
+                               "tree-beyond-position-by-uuas", "tree-beyond-position-by-depth", "tree-beyond-last-roles", "tree-after-syntax",
+                               "tree-beyond-position-on-pcfg"}
+    | {f"{claim}-{name}" for claim in ("shallow-before-deep-on", "legal-mass-saturates-early-on", "subject-verb-mass-is-exact-on", "near-the-ideal-reader-on",
+                                       "latent-in-the-states-of", "latent-beyond-untrained-on") for name in ("bound", "released-small")},
 }
 
 
@@ -72,7 +77,8 @@ def test_results_are_measured_and_not_typed(smoke):
     for number, ids in (("02", ("latents-recovered", "more-with-every-sentence")),
                         ("03", ("induction-on-pcfg", "induction-before-bound-words", "induction-heads-matter")),
                         ("04", ("fv-on-pcfg", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words")),
-                        ("05", ("figure-4-on-pcfg", "hydra-more-than-flat"))):
+                        ("05", ("figure-4-on-pcfg", "hydra-more-than-flat")),
+                        ("06", ("legal-mass-saturates-early-on-bound", "near-the-ideal-reader-on-bound", "tree-beyond-position"))):
         verdicts = verdicts_of(out / "results" / f"{number}.json")
         assert [verdicts[name] for name in ids] == ["not reproduced"] * len(ids)
     # nothing formed, so an absence says nothing
@@ -146,7 +152,8 @@ def test_reading_copy_shows_what_the_project_promises_on_a_laptop():
     folder = output_folder("laptop") / "results"
     promised = {"01": {"long-range-pcfg"}, "02": {"latents-recovered", "reaches-in-context-counts", "flat-stays-flat"},
                 "03": {"induction-on-pcfg", "induction-not-on-flat", "induction-not-on-ngram", "induction-heads-matter"},
-                "04": {"fv-on-pcfg", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words", "fv-not-on-released-small-flat"}}
+                "04": {"fv-on-pcfg", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words", "fv-not-on-released-small-flat"},
+                "06": {"shallow-before-deep", "legal-mass-saturates-early-on-bound", "no-latents-on-flat", "tree-beyond-position"}}
     for number, ids in promised.items():
         verdicts = verdicts_of(folder / f"{number}.json")
         assert {name: verdicts[name] for name in ids} == dict.fromkeys(ids, "reproduced")

@@ -11,7 +11,6 @@ import torch
 from nnsight import NNsight
 from scipy.stats import rankdata
 
-from latentree.curves import sequence_sums
 from latentree.errors import UserError
 from latentree.internals import Internals
 
@@ -191,14 +190,17 @@ def structure(model, tokens: torch.Tensor, sentences: Sentences, seed: int = 0) 
     """
     states, inputs = word_states(residual_streams(model, tokens), sentences)
     row, scores = structural_probe(states, sentences, seed=seed)
-    length, found = int(row.bincount().max()), []
-    at = torch.arange(len(row)) - torch.searchsorted(row, row)  # of the window's sentences
-    for name, values in scores.items():
-        for (what, layer), value in zip(inputs, values):
-            spread = torch.full((int(row.max()) + 1, length), torch.nan, dtype=torch.float64)
-            spread[row, at] = value.double()
-            found.append(sequence_sums(spread[row.unique()]).assign(input=what, layer=layer, name=name))
+    found = [window_sums(value, row).assign(input=what, layer=layer, name=name)
+             for name, values in scores.items() for (what, layer), value in zip(inputs, values)]
     return pd.concat(found, ignore_index=True)[["input", "layer", "name", "sequence", "sum", "count"]]
+
+
+def window_sums(score: torch.Tensor, row: torch.Tensor) -> pd.DataFrame:
+    """Sums of a score (sentence,) over the sentences in each window, `row` (sentence,): as `sequence_sums`, NaN left out."""
+    window, number = row.unique(return_inverse=True)
+    sums, counts = (torch.zeros(len(window), dtype=torch.float64).index_add(0, number, part.double())
+                    for part in (score.nan_to_num(0.0), ~score.isnan()))
+    return pd.DataFrame({"sequence": range(len(window)), "sum": sums, "count": counts.long()})
 
 
 def latent_probe(streams: torch.Tensor, top: torch.Tensor, at: torch.Tensor, words, ridge: float = 0.01) -> torch.Tensor:

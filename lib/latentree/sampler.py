@@ -120,7 +120,7 @@ class GrammarProcess:
                 if isinstance(role, str):
                     r, law = grammar.roles.index(role), rank_law(role, right)
                     n = len(law)
-                    kept = np.prod([(n - round(s * n)) / (n - 1) for s in shares]) if grammar.role_specs[r].has_map else 1.0
+                    kept = np.prod([min(1.0, (n - round(s * n)) / (n - 1)) for s in shares]) if grammar.role_specs[r].has_map else 1.0
                     weight = grammar.visits[left] * probability
                     counts[base.maps[role][0].numpy()] += weight * kept * law
                     counts[grammar.words[r]] += weight * (1 - kept) / n
