@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentree.curves import Curve, curves, doublings_later, half_way, half_way_of, sequence_sums
+from latentree.curves import Curve, curves, doublings_later, half_way, half_way_of, sequence_sums, widest
 
 
 def test_sums_merge_names_and_leave_out_what_is_not_there():
@@ -79,3 +79,14 @@ def test_a_rise_is_counted_from_the_first_point():
     assert doublings_later(curve, lifted, (False, True))[0] == pytest.approx(0, abs=0.02)
     falling = Curve(curve.tokens, -curve.sums, curve.counts)
     assert np.isnan(half_way_of(falling)).all()
+
+
+def test_the_widest_interval_holds_those_of_every_other_checkpoint():
+    early, late = curve_with(1000, 0.3), curve_with(8000, 0.3)
+    value, low, high = widest(doublings_later, early, late)
+    assert (value, low, high)[0] == doublings_later(early, late)[0]
+    for start in (0, 1):
+        kept = np.arange(24 if start else 25)[start::2] if start == 0 else np.arange(25)[::-1][::2][::-1]
+        pair = [Curve(c.tokens[kept], c.sums[:, kept], c.counts[:, kept]) for c in (early, late)]
+        _, other_low, other_high = doublings_later(*pair)
+        assert low <= other_low and other_high <= high

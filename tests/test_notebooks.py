@@ -31,10 +31,10 @@ CLAIMS = {
        "self-repair-of-a-head-on-pcfg-deeper", "as-released-on-bound", "as-released-on-bound-flat", "as-released-on-released-small",
        "as-released-on-bound-order3", "as-released-not-on-released-ngram"},
     "06_hierarchy_in_stages": {"shallow-before-deep", "syntax-after-frequencies", "section-after-document", "no-latents-on-flat", "tree-beyond-position",
-                               "tree-beyond-position-by-uuas", "tree-beyond-position-by-depth", "tree-beyond-last-roles", "tree-after-syntax",
+                               "tree-beyond-position-by-uuas", "tree-beyond-position-by-depth", "tree-beyond-last-4-roles", "tree-beyond-last-8-roles", "tree-after-legal-mass", "tree-after-syntax",
                                "tree-beyond-position-on-pcfg"}
     | {f"{claim}-{name}" for claim in ("shallow-before-deep-on", "legal-mass-saturates-early-on", "subject-verb-mass-is-exact-on", "near-the-ideal-reader-on",
-                                       "latent-in-the-states-of", "latent-beyond-untrained-on") for name in ("bound", "released-small")},
+                                       "latent-beyond-untrained-on") for name in ("bound", "released-small")},
 }
 
 

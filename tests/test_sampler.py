@@ -14,7 +14,7 @@ from latentree.corpus import Stream, document_id, held_out, load_process, pack
 from latentree.errors import UserError
 from latentree.information import estimated, exact, exact_chain
 from latentree.predictors import token_losses
-from latentree.sampler import HELD_OUT, GrammarProcess
+from latentree.sampler import HELD_OUT, GrammarProcess, apart
 from scipy.stats import chisquare
 
 
@@ -319,7 +319,7 @@ def test_held_out_documents_never_share_latents_with_training(name):
 
 def test_no_held_out_sentence_of_the_released_grammar_is_trained_on():
     corpus = load_process("released")
-    excluded = {tuple(s) for s in sentences(corpus.documents(HELD_OUT + torch.arange(corpus.held_out_limit)))}
+    excluded = {tuple(s) for s in sentences(corpus.documents(apart(corpus, HELD_OUT, corpus.held_out_limit)))}
     trained = sentences(corpus.documents(range(6000)))
     assert excluded.isdisjoint({tuple(s) for s in trained})
     content = corpus.grammar.file.model_dump() | {"exclude_held_out": 0}
@@ -337,6 +337,12 @@ def test_a_corpus_that_excludes_every_sentence_is_refused():
     tiny = process("Sentence -> 'noun' 'verb' 'and' [1.0]", exclude_held_out=5000)
     with pytest.raises(UserError, match="leaves no sentence to train on; set it to 0"):
         tiny.documents([0])
+
+
+def test_held_out_windows_share_no_latents_with_each_other():
+    corpus = load_process("released-small")
+    tops = held_out(corpus, 40, 96, annotate=lambda d: {"map": d.maps["subject"][d.token["unit"]] @ torch.arange(1, 31) ** 3})
+    assert len(tops["map"].unique()) == len(tops["document"].unique()) >= 40
 
 
 def test_held_out_windows_begin_with_a_document():

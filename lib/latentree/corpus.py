@@ -9,7 +9,7 @@ from latentree.errors import UserError
 from latentree.files import read_yaml
 from latentree.grammar import Grammar
 from latentree.ngrams import Chain, HashedTables
-from latentree.sampler import HELD_OUT, GrammarProcess
+from latentree.sampler import HELD_OUT, GrammarProcess, apart
 
 SHUFFLED_TOGETHER = 1 << 16  # documents whose order is shuffled as one block, where documents share latents
 BLOCK_TOKENS = 1 << 17  # tokens sampled at a time
@@ -129,6 +129,8 @@ class Stream:
 def windows(process, sequences, context, first=0, device="cpu", annotate=None):
     """Windows of whole documents from number `first` on: each row begins a document, and others follow until it is full.
 
+    Of documents that share their latents only the first is taken, so that windows are independent of each other.
+
     Returns {field: (sequences, context)} for every field of the documents, those that `annotate(documents)` gives
     included (a dict of (tokens,) tensors).
     """
@@ -138,7 +140,7 @@ def windows(process, sequences, context, first=0, device="cpu", annotate=None):
         if first >= HELD_OUT and process.held_out_limit and needed > process.held_out_limit:
             raise UserError(f"{process.name}: {sequences} held-out sequences of {context} tokens need {needed} documents, but "
                             f"exclude_held_out keeps {process.held_out_limit} out of training; ask for fewer")
-        documents = process.documents(first + torch.arange(sequences * per_row), device)
+        documents = process.documents(apart(process, first, sequences * per_row), device)
         packed, lengths = pack(documents, per_row)
         if int(lengths.min()) >= context:
             break

@@ -89,6 +89,17 @@ def doublings_later(first: Curve, second: Curve, rises=(False, False)) -> tuple:
     return bootstrap(np.concatenate([_stacked(first), _stacked(second)], 1), later)
 
 
+def widest(measure, *found: Curve) -> tuple:
+    """(value, low, high) of measure(*curves), with the widest ends of all checkpoints and of every other one to the last."""
+    def thinned(curve, start):
+        kept = np.arange(len(curve.tokens))[::-1][::2][::-1] if start else np.unique([*range(len(curve.tokens))[::2], len(curve.tokens) - 1])
+        return Curve(curve.tokens[kept], curve.sums[:, kept], curve.counts[:, kept])
+
+    value, *ends = measure(*found)
+    more = [measure(*(thinned(curve, start) for curve in found)) for start in (0, 1)]
+    return value, min(ends[0], *(low for _, low, _ in more)), max(ends[1], *(high for _, _, high in more))
+
+
 def _stacked(curve):
     return np.stack([curve.sums, curve.counts], 1)  # (sequence, 2, checkpoint)
 

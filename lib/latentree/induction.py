@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from latentree.circuits import copying
+from latentree.internals import read_attention
 from latentree.interventions import check_eager
 from latentree.model import next_token_losses
 from latentree.selection import best_head, choose_and_score
@@ -80,15 +81,16 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     tables = []
     for name, stimulus in stimuli.items():
         sums, elsewhere, losses = [], [], []
+        both = stimulus.targets, stimulus.targets.of_another_sequence()
         for first in range(0, len(stimulus.tokens), rows):
             chunk = stimulus.tokens[first : first + rows].to(model.device)
-            out = model(input_ids=chunk, use_cache=False, output_attentions=True)
-            for found, targets in ((sums, stimulus.targets), (elsewhere, stimulus.targets.of_another_sequence())):
-                found.append(torch.cat([attention_sums(layer, targets, first) for layer in out.attentions], 2).cpu())
-            losses.append(next_token_losses(out.logits, chunk).double().cpu())
+            paid, logits = read_attention(model, chunk, lambda a: [attention_sums(a, targets, first).cpu() for targets in both])
+            for found, layers in zip((sums, elsewhere), zip(*paid)):
+                found.append(torch.cat(layers, 2))
+            losses.append(next_token_losses(logits, chunk).double().cpu())
         scores = torch.cat([torch.cat(sums), copying(model, stimulus.tokens)[:, None]], 1)
-        both = [head_rows(scores, torch.cat(elsewhere), stimulus.targets), model_rows(torch.cat(losses), stimulus)]
-        tables.append(pd.concat(both, ignore_index=True).assign(stimulus=name))
+        rows_of = [head_rows(scores, torch.cat(elsewhere), stimulus.targets), model_rows(torch.cat(losses), stimulus)]
+        tables.append(pd.concat(rows_of, ignore_index=True).assign(stimulus=name))
     table, heads = pd.concat(tables, ignore_index=True), model.config.num_attention_heads
     number = table["head"]
     return table.assign(layer=number // heads, head=(number % heads).where(number >= 0, -1))[COLUMNS]

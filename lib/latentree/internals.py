@@ -105,6 +105,26 @@ def written_in(model, given: dict, layer: int = -1, replaced: dict | None = None
     return found | {"embedding": embedding, "stream": stream, "normed": normed, "cache": cache}
 
 
+@torch.no_grad()
+def read_attention(model, tokens, read) -> tuple[list, torch.Tensor]:
+    """What `read` makes of each layer's attention (batch, head, query, key) on tokens (batch, position), and the logits.
+
+    One layer's attention is held at a time. The model needs eager attention (`interventions.check_eager`).
+    """
+    inside, found = Internals(model), []
+
+    def hook(module, inputs, output):
+        found.append(read(output[1]))
+        return (output[0], None, *output[2:])
+
+    hooks = [inside.attention(layer).register_forward_hook(hook) for layer in range(inside.layers)]
+    try:
+        return found, model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for one in hooks:
+            one.remove()
+
+
 class Internals:
     """A model's internal points by name.
 

@@ -47,7 +47,7 @@ def stimulus(process, sequences, context, seed=0, grammar=None, where=None, same
         peers = role == role[target][:, None]
     if same_word:
         state = state * process.vocabulary_size + tokens
-    source = document // process.repetitions  # documents that share their latents would give back what is removed
+    source = document  # the same document would give back what is removed
     return Stimulus(tokens, at, target, state, source, seed, peers).of(kept)
 
 

@@ -39,6 +39,11 @@ class Documents:
         return self.token["tokens"]
 
 
+def apart(process, first: int, count: int):
+    """Numbers of `count` documents from `first` on, (count,), no two of which share their latents."""
+    return first + torch.arange(count) * process.repetitions
+
+
 def position_within(group):
     """0, 1, 2, ... within each run of equal numbers of a sorted tensor (n,)."""
     counts = torch.bincount(group)
@@ -273,7 +278,7 @@ class GrammarProcess:
 
     def _held_out_sentences(self, device):
         if self._excluded is None:
-            documents = self.documents(HELD_OUT + torch.arange(self.grammar.file.exclude_held_out))
+            documents = self.documents(apart(self, HELD_OUT, self.grammar.file.exclude_held_out))
             fields = dict(documents.token)
             fields["sentence"] = (fields["place"] == 0).cumsum(0) - 1
             self._excluded = _fingerprints(fields).unique()

@@ -1,14 +1,15 @@
 """What is learned when: a model's loss in parts that each tell of one level of the hierarchy, scaled by exact predictors.
 
 One loss against nested ceilings passes them one after the other whatever is learned first. So the loss is split by the
-chain rule into parts, each of which only one level can lower, and the same split of exact predictors scales it:
+chain rule into parts, each of which one level lowers most, and the same split of exact predictors scales it:
 
     frequencies  -log qm(t), with qm the mean of all predictions q: what is known of tokens without any context
     syntax       -log q(role) / qm(role), the role's loss beyond its mean
     maps         -log q(t | role) / qm(t | role), where the sentence so far cannot tell of the word (free)
     habits       -log q(called or not | role), whether the word is the one that a word seen earlier calls for
     section      (or whatever level redraws a part of the latents again) the same, where that level calls for another
-                 word than the level above, and given that it is not the word called for above; habits then has the rest
+                 word than the level above, and given that it is not the word called for above; habits then has the
+                 places where both call for the same word, which who knows the section foresees better still
 
 Parts of a loss are in nats for each token from the second one on, and not a number where they do not apply.
 """
@@ -24,7 +25,7 @@ from latentree.errors import UserError
 from latentree.grammar import LEVELS, Grammar
 from latentree.model import log_probabilities
 from latentree.predictors import predictive
-from latentree.sampler import HELD_OUT, GrammarProcess
+from latentree.sampler import HELD_OUT, GrammarProcess, apart
 
 
 def exact_predictors(process: GrammarProcess, sequences: int, context: int) -> tuple[dict, dict]:
@@ -70,7 +71,7 @@ def known_to(process: GrammarProcess, documents, level: str) -> tuple:
     grammar, file = process.grammar, process.grammar.file
     kept = {name: share for name, share in file.redraw.items() if LEVELS.index(name) <= LEVELS.index(level)}
     content = file.model_dump() | {"redraw": kept, "exclude_held_out": 0}
-    base = GrammarProcess(Grammar(content), process.seed).documents(HELD_OUT + torch.arange(documents.count))
+    base = GrammarProcess(Grammar(content), process.seed).documents(apart(process, HELD_OUT, documents.count))
     each, units = file.document.per_document("sentence"), len(next(iter(base.maps.values())))
     number = documents.token["document"] * each + documents.token["sentence"]
     trust = {role: [1.0, 1.0] for role in grammar.roles}
