@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 
-from latentree.checkpoints import HubSeries, LocalSeries, checkpoint_steps, new_folder, save_checkpoint
+from latentree.checkpoints import LocalSeries, checkpoint_steps, new_folder, save_checkpoint
 from latentree.errors import UserError
 from latentree.model import build_model
 
@@ -107,25 +107,3 @@ def test_checkpoint_of_another_model_is_refused(run, tmp_path, other):
 def test_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="training.json"):
         LocalSeries(tmp_path)
-
-
-def test_revisions_on_the_hub_are_a_series(tmp_path, monkeypatch):
-    """A local hub cache, laid out as huggingface_hub does: refs name the commits, snapshots hold the files."""
-    cache = tmp_path / "models--maker--model"
-    (cache / "refs").mkdir(parents=True)
-    models = {}
-    for step, commit in ((1, "a" * 40), (20, "b" * 40)):
-        models[step] = build_model("llama", 11, 1, 8, 2, 16, seed=step)
-        models[step].save_pretrained(cache / "snapshots" / commit)
-        (cache / "refs" / f"step{step}").write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    series = HubSeries("maker/model", {20: "step20", 1: "step1"})
-    assert series.steps == [1, 20]
-    tokens = torch.arange(8)[None]
-    for step in series.steps:
-        loaded = series.load(step, cache_dir=tmp_path)
-        assert torch.equal(loaded(tokens).logits, models[step].eval()(tokens).logits)
-    with pytest.raises(UserError, match="step: 5 has no revision of maker/model; choose one of"):
-        series.load(5)
-    with pytest.raises(UserError, match="maker/model, revision gone: cannot be loaded .*; mend the names"):
-        HubSeries("maker/model", {1: "gone"}).load(1, cache_dir=tmp_path)

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from latentree.errors import UserError
-from latentree.internals import NAMES, Internals, norm_gain, weight
+from latentree.internals import NAMES, Internals, norm_gain, read_attention, weight
 from latentree.model import build_model
 
 torch.set_num_threads(1)
@@ -105,3 +105,15 @@ def test_other_models_are_refused_by_name():
     with pytest.raises(UserError, match="o_proj of layer 1: reads 15 .* 2 heads of 8"):
         Internals(model)
     assert Internals(random_model("llama", num_key_value_heads=1)).kv_heads == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo", "olmo2", "gpt_neox", "gpt2"])
+def test_attention_is_read_layer_by_layer_and_is_that_of_transformers(architecture):
+    model = build_model(architecture, 12, 3, 16, 2, 16).eval()
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(12, (2, 9))
+    whole = model(input_ids=tokens, output_attentions=True)
+    found, logits = read_attention(model, tokens, lambda attention: attention.clone())
+    assert len(found) == 3 and all(torch.allclose(a, b) for a, b in zip(found, whole.attentions))
+    assert torch.allclose(logits, whole.logits, atol=1e-6)
+    assert torch.allclose(model(input_ids=tokens).logits, logits, atol=1e-6)  # the hooks are gone

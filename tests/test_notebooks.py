@@ -35,6 +35,8 @@ CLAIMS = {
                                "tree-beyond-position-on-pcfg"}
     | {f"{claim}-{name}" for claim in ("shallow-before-deep-on", "legal-mass-saturates-early-on", "subject-verb-mass-is-exact-on", "near-the-ideal-reader-on",
                                        "latent-beyond-untrained-on") for name in ("bound", "released-small")},
+    "07_olmo": {f"{series}-{claim}" for series in ("series", "olmo")
+                for claim in ("induction", "function-vector", "hydra", "induction-as-released", "hydra-as-released")},
 }
 
 
@@ -81,6 +83,10 @@ def test_results_are_measured_and_not_typed(smoke):
                         ("06", ("legal-mass-saturates-early-on-bound", "near-the-ideal-reader-on-bound", "tree-beyond-position"))):
         verdicts = verdicts_of(out / "results" / f"{number}.json")
         assert [verdicts[name] for name in ids] == ["not reproduced"] * len(ids)
+    # a local series says nothing of the real one
+    olmo = json.loads((out / "results" / "07.json").read_text())["claims"]
+    assert {c["verdict"] for c in olmo if c["id"].startswith("olmo-")} == {"not testable here"}
+    assert [c["verdict"] for c in olmo if c["id"] == "series-induction"] == ["not reproduced"]
     # nothing formed, so an absence says nothing
     assert verdicts_of(out / "results" / "03.json")["induction-not-on-flat"] == "not testable here"
     assert verdicts_of(out / "results" / "04.json")["fv-not-on-released-small-flat"] == "not testable here"
@@ -96,6 +102,9 @@ def test_run_record_names_everything_but_the_machine(smoke):
     for entry in record["notebooks"].values():
         assert entry["wall_seconds"] > 0 and entry["peak_memory_gb"] > 0 and entry["seeds"] == [0]
     assert str(out) not in json.dumps(record)
+    shown = record["notebooks"]["07_olmo"]["series"]
+    assert shown["repository"] == "latentree/olmo-small" and len(shown["revisions"]) == 3
+    assert all(len(found["commit"]) == 40 and found["files"] for found in shown["revisions"].values())
 
 
 def test_unknown_corpus_is_told_in_one_line_and_leaves_nothing(tmp_path, capfd):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from latentree.errors import UserError
@@ -127,6 +127,10 @@ class LocalSeries:
     def __iter__(self):
         return ((step, self._folders[step]) for step in self.steps)
 
+    def config(self):
+        """The transformers config of its models."""
+        return AutoConfig.from_pretrained(self._folders[self.steps[-1]], local_files_only=True)
+
     def load(self, step: int, device="cpu", dtype=torch.float32, **options):
         """The model at `step`, ready to be measured; `options` go to from_pretrained (attn_implementation, say)."""
         if step not in self._folders:
@@ -134,30 +138,4 @@ class LocalSeries:
         folder = self._folders[step]
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
-        return model.to(device).eval()
-
-
-class HubSeries:
-    """Revisions of a repository on the Hugging Face hub (or in its local cache) as a series, by training step.
-
-    `revisions` maps each step to the name of its revision. Remote code is never run.
-    """
-
-    def __init__(self, repository: str, revisions: dict[int, str]):
-        self.repository, self.revisions = repository, dict(sorted(revisions.items()))
-        self.steps = list(self.revisions)
-        self.identity = {"repository": repository, "revisions": self.revisions}
-
-    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
-        """The model at `step`, ready to be measured; `options` go to from_pretrained (attn_implementation, say)."""
-        if step not in self.revisions:
-            raise UserError(f"step: {step} has no revision of {self.repository}; choose one of {self.steps}")
-        try:
-            with without_bars():
-                model = AutoModelForCausalLM.from_pretrained(
-                    self.repository, revision=self.revisions[step], dtype=dtype, trust_remote_code=False, **options)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.repository}, revision {self.revisions[step]}: cannot be loaded ({reason}); mend the names, "
-                            "or connect to the network") from None
         return model.to(device).eval()

@@ -117,4 +117,5 @@ def next_token_losses(logits, tokens) -> torch.Tensor:
 @torch.no_grad()
 def log_probabilities(model, tokens, rows: int = 64) -> torch.Tensor:
     """Log probabilities (sequence, position, vocabulary), float32, of the token after each of tokens (sequence, position)."""
-    return torch.cat([model(input_ids=part, use_cache=False).logits.float().log_softmax(-1) for part in tokens.split(rows)])
+    parts = tokens.to(model.device).split(rows)
+    return torch.cat([model(input_ids=part, use_cache=False).logits.float().log_softmax(-1).cpu() for part in parts])

@@ -35,6 +35,8 @@ CHOICES = {
     "optimizer": ["adamw", "muon"],
     "schedule": ["linear", "cosine"],
     "device": ["auto", "cpu", "cuda"],
+    "spacing": ["even", "log"],
+    "precision": ["float32", "bfloat16"],
 }
 POSITIVE = (lambda value: value > 0, "greater than 0")
 RATE = (lambda value: 0 < value <= 1, "greater than 0 and at most 1")
@@ -53,7 +55,7 @@ LIMITS = {
     "windows": (lambda numbers: len(numbers) > 0 and min(numbers) > 0, "one number or more, each greater than 0"),
 }
 LIMITS |= {name: (choices.__contains__, "one of " + ", ".join(choices)) for name, choices in CHOICES.items()}
-for name in "context width layers heads batch_sequences held_out_sequences checkpoints documents longest_distance sequences ablated_heads draws latents repetitions swept each sequences_at_end furthest deep_layers deep_tokens level_tokens tree_tokens longest probed maps".split():
+for name in "context width layers heads batch_sequences held_out_sequences checkpoints documents longest_distance sequences ablated_heads draws latents repetitions swept each sequences_at_end furthest deep_layers deep_tokens level_tokens tree_tokens longest probed maps count local_tokens memory_limit_gb download_limit_gb".split():
     LIMITS[name] = POSITIVE
 
 

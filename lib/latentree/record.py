@@ -20,6 +20,7 @@ import latentree
 from latentree.errors import UserError
 from latentree.files import write_text
 
+NOTED = ".{}.noted.json"  # what a notebook notes about its run, until the run has ended
 PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy papermill".split()
 
 
@@ -115,6 +116,11 @@ def parameters_of(values: dict, folder: Path) -> dict:
     digest = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
     seeds = values.get("seeds", [values["seed"]] if "seed" in values else [])
     return {"parameters": shown, "parameters_sha256": digest, "seeds": seeds}
+
+
+def note(out, notebook: str, **facts) -> None:
+    """Facts that `notebook` ("07_olmo") has found out, for its entry in out/run.json: which revisions it shows, say."""
+    write_text(Path(out) / NOTED.format(notebook), json.dumps(facts))
 
 
 def describe(values: dict, folder: Path) -> dict:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from latentree.errors import UserError
 from latentree.files import code_cells, read_notebook, readable, write_text
 from latentree.params import check, declared, load
-from latentree.record import describe, output_folder, version_of, without_machine, write_record
+from latentree.record import NOTED, describe, output_folder, version_of, without_machine, write_record
 
 BAD_INPUT, CELL_ERROR, DEAD_KERNEL, TIMED_OUT, BUSY, NO_RESULT = 2, 3, 4, 5, 6, 7
 SIGNALLED = 128  # plus the signal's number, as a shell has it
@@ -56,7 +56,8 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
         finished, failed, partial = (
             folder / name.format(notebook.stem) for name in ("{}.ipynb", "{}.failed.ipynb", ".{}.partial.ipynb")
         )
-        for stale in (result, finished, partial):
+        noted = folder / NOTED.format(notebook.stem)
+        for stale in (result, finished, partial, noted):
             stale.unlink(missing_ok=True)
         entry = describe({name: declaration.default for name, declaration in declarations.items()} | values, folder)
         start = time.monotonic()
@@ -70,9 +71,10 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
             code, message = failure.args
             raise Failure(code, f"{notebook.stem}: {message}; see {without_machine(str(failed), folder)}") from None
         entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
+        entry |= without_machine(json.loads(noted.read_text(encoding="utf-8")), folder) if noted.exists() else {}
         write_record(folder, profile, version, notebook.stem, entry)
         publish(partial, finished, folder)
-        for leftover in (partial, failed):
+        for leftover in (partial, failed, noted):
             leftover.unlink(missing_ok=True)
 
 

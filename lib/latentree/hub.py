@@ -1,0 +1,385 @@
+"""The checkpoints of a run on the Hugging Face hub, each a revision of a repository, by training step.
+
+Everything is also read from the hub's local cache, and only from there where HF_HUB_OFFLINE=1 is set; `cache` is its
+folder, huggingface_hub's own unless given. What fails is told as UserError with the mend. Remote code is never run.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import warnings
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import pandas as pd
+import torch
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, scan_cache_dir
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from scipy.optimize import linear_sum_assignment
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from latentree.checkpoints import LocalSeries, new_folder, without_bars
+from latentree.errors import UserError
+from latentree.files import write_text
+from latentree.internals import NAMES, Internals
+
+STEP = re.compile(r"(?:stage1-)?step(\d+)(?:-tokens(\d+(?:\.\d+)?)([KMBT]?))?")  # OLMo 2 puts the stage first
+SCALES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+TOKENIZER = "tokenizer* vocab* merges.txt special_tokens_map.json added_tokens.json *.model chat_template* config.json".split()
+
+
+@dataclass(frozen=True)
+class Revision:
+    """A revision, its commit, and {file: (bytes, hash)} of the files that are wanted: SHA-256, or git's for small ones."""
+
+    repository: str
+    name: str
+    commit: str
+    files: dict[str, tuple[int, str]]
+
+    def __str__(self):
+        return f"{self.repository}, revision {self.name}"
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(size for size, _ in self.files.values())
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """{file: hash} of those with weights."""
+        return {file: digest for file, (_, digest) in self.files.items() if not file.endswith(".json")}
+
+
+def offline() -> bool:
+    """Whether only the cache may be read: asked late, for notebooks set the environment after their imports."""
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+
+
+def hub() -> HfApi:
+    """The hub, at the address that the environment gives now."""
+    return HfApi(endpoint=(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/"))
+
+
+def cache_folder(repository: str, cache=None) -> Path:
+    """Where the cache keeps a repository."""
+    return Path(cache or constants.HF_HUB_CACHE).expanduser() / f"models--{repository.replace('/', '--')}"
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one plain line."""
+    return " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def told(what):
+    """Any error of the hub, the network or the disk becomes a UserError about `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+            error = error.__cause__  # why huggingface_hub looked into the cache
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        mend = f"cannot be had ({reason(error)}); mend the name, connect and run again (it goes on), or set a local series"
+        if status in (401, 403):  # the hub does not tell strangers what exists
+            mend = f"is gated, private or unknown (HTTP {status}); mend the name, or accept its licence and set HF_TOKEN"
+        elif status == 404:
+            mend = f"is not at {hub().endpoint}; mend the name, or choose what revisions() lists"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            mend = "does not fit on the disk of the cache; make room, set free=True, or set HF_HUB_CACHE to a larger disk"
+        elif offline():
+            mend = "is not whole in the cache; choose what revisions() lists, or unset HF_HUB_OFFLINE and connect"
+        raise UserError(f"{what}: {mend}") from None
+
+
+def revisions(repository: str, cache=None) -> dict[int, str]:
+    """{training step: revision} of the branches and tags that name a step (step1000, step1000-tokens4B), by step."""
+    folder = cache_folder(repository, cache)
+    if offline() and not folder.is_dir():
+        raise UserError(f"{repository}: is not in {folder.parent}; mend the name, or unset HF_HUB_OFFLINE and connect")
+    if offline():
+        names = [ref.name for ref in (folder / "refs").glob("*") if of_model(cached(folder, ref.name)[1])]
+    else:
+        with told(repository):
+            refs = hub().list_repo_refs(repository)
+        names = [ref.name for ref in (*refs.branches, *refs.tags)]
+    named = {int(match[1]): match[0] for match in map(STEP.fullmatch, sorted(names, reverse=True)) if match}
+    if not named:
+        raise UserError(f"{repository}: no revision names a training step (step1000, say); give {{step: revision}} yourself")
+    return dict(sorted(named.items()))
+
+
+def tokens_of(revision: str) -> float | None:
+    """The training tokens in a revision's name (step1000-tokens4B: 4e9); None if it has none."""
+    match = STEP.fullmatch(revision)
+    return float(round(float(match[2]) * SCALES[match[3]])) if match and match[2] else None
+
+
+def choose(steps, count: int, spacing: str) -> list[int]:
+    """`count` of the steps, the first and the last among them, spaced "even" or "log"; all, if there are no more.
+
+    The others are as near to the ideal grid as distinct steps can be, in sum. In log spacing a step 0 is taken beside the
+    grid, which starts at the step after it.
+    """
+    steps = sorted(set(steps))
+    if spacing not in ("even", "log") or count < 2:
+        raise UserError(f"count = {count}, spacing = {spacing!r}: give 2 or more, and even or log")
+    if len(steps) <= count:
+        return steps
+    beside = int(spacing == "log" and steps[0] == 0)
+    places = np.log(steps[beside:]) if spacing == "log" else np.array(steps, float)
+    inner = slice(1 - beside, -1)
+    grid = np.linspace(places[0], places[-1], count - beside)[inner]
+    _, nearest = linear_sum_assignment(abs(grid[:, None] - places[inner]))
+    return [steps[0], *(steps[1 + i] for i in sorted(nearest)), steps[-1]]
+
+
+def gaps(steps) -> str:
+    """A note on the distances above 3 times the median, if the steps are regular but for them; else nothing.
+
+    Regular: the upper quartile of the distances is at most 3 times the lower, which log-spaced steps are not.
+    """
+    steps = sorted(set(steps))
+    distances = np.diff(steps)
+    if len(distances) < 3 or np.quantile(distances, 0.75) > 3 * np.quantile(distances, 0.25):
+        return ""
+    wide = np.flatnonzero(distances > 3 * np.median(distances))
+    return "; ".join(f"no checkpoints between steps {steps[i]:,} and {steps[i + 1]:,}" for i in wide)
+
+
+def of_model(names) -> list[str]:
+    """The files of a model among `names`: config.json and the weights that transformers takes; none if they are not whole."""
+    for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole, index = f"{stem}.{end}", f"{stem}.{end}.index.json"
+        shards = sorted(filter(re.compile(rf"{stem}-\d+-of-\d+\.{end}").fullmatch, names))
+        together = index in names and shards and len(shards) == int(re.search(r"-of-(\d+)", shards[0])[1])
+        weights = [whole] if whole in names else [index, *shards] if together else []
+        if weights and "config.json" in names:
+            return ["config.json", *weights]
+    return []
+
+
+def of_tokenizer(names) -> list[str]:
+    """The files of a tokenizer among `names`, with the config.json that tells its class; none if there is no other."""
+    found = [name for name in names if "/" not in name and any(fnmatch(name, pattern) for pattern in TOKENIZER)]
+    return found if found != ["config.json"] else []
+
+
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def cached(folder: Path, name: str) -> tuple[str, dict[str, Path]]:
+    """The commit of a revision, and its files that a repository's folder in the cache has."""
+    ref = folder / "refs" / name
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else name
+    return commit, {path.name: path for path in (folder / "snapshots" / commit).glob("*") if path.is_file()}
+
+
+def look_up(repository: str, name: str, cache, wanted=of_model) -> Revision:
+    """A revision as the hub has it, or as the cache has it if offline, with the files that `wanted` takes of their names."""
+    with told(f"{repository}, revision {name}"):
+        if offline():
+            commit, paths = cached(cache_folder(repository, cache), name)
+            # Blobs are named by their hash; a file that is no link (Windows) has no such name.
+            files = {file: (path.stat().st_size, Path(os.readlink(path)).name if path.is_symlink() else digest_of(path))
+                     for file in wanted(paths) for path in [paths[file]]}  # fmt: skip
+        else:
+            info = hub().model_info(repository, revision=name, files_metadata=True)
+            commit, found = info.sha, {file.rfilename: file for file in info.siblings}
+            files = {file: (found[file].size, found[file].lfs.sha256 if found[file].lfs else found[file].blob_id)
+                     for file in wanted(found)}  # fmt: skip
+    if not files:
+        kind = "tokenizer" if wanted is of_tokenizer else "model (config.json, model.safetensors or pytorch_model.bin)"
+        place = "the cache; unset HF_HUB_OFFLINE and connect, or" if offline() else f"{hub().endpoint};"
+        raise UserError(f"{repository}, revision {name}: has no whole {kind} in {place} name a revision or a repository that has")
+    return Revision(repository, name, commit, files)
+
+
+def fetch(revision: Revision, cache) -> Path:
+    """The folder with the revision's files; those that are not in the cache are downloaded, and all SHA-256 are checked."""
+    folder = cache_folder(revision.repository, cache)
+    with told(revision), without_bars():
+        for path in (folder / "blobs").glob("*.incomplete"):  # of killed downloads, which huggingface_hub never takes up again
+            if time.time() - path.stat().st_mtime > 3600:  # and not of one that goes on elsewhere
+                path.unlink(missing_ok=True)
+        for file, (_, expected) in revision.files.items():
+            path = Path(hub().hf_hub_download(revision.repository, file, revision=revision.commit, cache_dir=folder.parent,
+                                              local_files_only=offline()))  # fmt: skip
+            if len(expected) == 64 and (found := digest_of(path)) != expected:
+                path.resolve().unlink()  # the blob that it links to
+                path.unlink(missing_ok=True)
+                raise UserError(f"{revision}: {file} has SHA-256 {found}, expected {expected}, and was removed from the cache; "
+                                "run again with the network")  # fmt: skip
+            kind = json.loads(path.read_text(encoding="utf-8")).get("model_type") if file == "config.json" else None
+            if file == "config.json" and revision.weights and kind not in NAMES:  # before any weights are fetched
+                raise UserError(f"{revision}: architecture = {kind!r} has no names here; use one of {', '.join(NAMES)}")
+    with suppress(OSError):  # a cache that can only be read
+        write_ref(folder, revision.name, revision.commit)
+    return path.parent
+
+
+def write_ref(folder: Path, name: str, commit: str) -> None:
+    """Note which commit a revision is, so that it is found offline."""
+    ref = folder / "refs" / name
+    if name != commit and not (ref.is_file() and ref.read_text(encoding="utf-8") == commit):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        write_text(ref, commit)
+
+
+def load_tokenizer(repository: str, revision: str, cache=None):
+    """The tokenizer of a revision, as AutoTokenizer makes it."""
+    found = look_up(repository, revision, cache, of_tokenizer)
+    folder = fetch(found, cache)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises no other kind
+        raise UserError(f"{found}: its tokenizer cannot be loaded ({reason(error)}); name one that can") from None
+
+
+class HubSeries:
+    """Revisions {step: name} of a repository as a series; `identity` has the commits and the weights' hashes.
+
+    Revisions with the same weights as an earlier one are left out with a warning. Before any download, when the series is
+    made, UserError if it comes to more than `download_limit_gb` (1e9 bytes), or the disk has no room for it.
+
+    With `free`, once a revision is loaded, the one loaded before and those of earlier steps are removed from the cache,
+    whoever put them there: of what this downloads, two at most are on the disk. Offline nothing is removed.
+    """
+
+    def __init__(self, repository: str, revisions: dict[int, str], free=False, download_limit_gb=None, cache=None):
+        self.repository, self.free, self._cache, self._before = repository, free, cache, None
+        self._folder, self._found = cache_folder(repository, cache), {}
+        for step, name in sorted(revisions.items()):
+            found = look_up(repository, name, cache)
+            twin = next((other for other in self._found.values() if other.weights == found.weights), None)
+            if twin:
+                warnings.warn(f"{repository}: {name} has the same weights as {twin.name}, and is left out", stacklevel=2)
+            else:
+                self._found[step] = found
+        if not self._found:
+            raise UserError(f"revisions: {revisions} of {repository} has no step; give {{step: revision}}")
+        self.steps = list(self._found)
+        self.revisions = {step: found.name for step, found in self._found.items()}
+        commits = {found.name: {"commit": found.commit, "files": found.weights} for found in self._found.values()}
+        self.identity = {"repository": repository, "revisions": commits}
+        self._check_room(download_limit_gb)
+
+    def _missing(self, found: Revision) -> int:
+        """Bytes of a revision that are not in the cache."""
+        there = self._folder / "snapshots" / found.commit
+        return sum(size for file, (size, digest) in found.files.items()
+                   if not (there / file).exists() and not (self._folder / "blobs" / digest).exists())  # fmt: skip
+
+    def _check_room(self, limit_gb) -> None:
+        missing, cache = sorted(map(self._missing, self._found.values())), self._folder.parent.absolute()
+        needed, held = sum(missing) / 1e9, sum(missing[-2:] if self.free else missing) / 1e9
+        if limit_gb is not None and needed > limit_gb:
+            raise UserError(f"{self.repository}: download of {needed:,.1f} GB is above download_limit_gb = {limit_gb:g}: "
+                            "choose fewer revisions or raise the limit")  # fmt: skip
+        room = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free / 1e9
+        if held > room:
+            raise UserError(f"{cache}: {held:,.1f} GB are to be held at once, and its disk has room for {room:,.1f} GB; "
+                            "choose fewer revisions, set free=True, or set HF_HUB_CACHE to a larger disk")  # fmt: skip
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes still to be fetched: of all revisions, what is not in the cache."""
+        return sum(map(self._missing, self._found.values()))
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest revision."""
+        return max(found.bytes for found in self._found.values())
+
+    def describe(self) -> pd.DataFrame:
+        """The revisions as a table: step, revision, commit, gigabytes (1e9 bytes), in cache."""
+        rows = [(step, found.name, found.commit[:8], found.bytes / 1e9, not self._missing(found))
+                for step, found in self._found.items()]  # fmt: skip
+        return pd.DataFrame(rows, columns=["step", "revision", "commit", "gigabytes", "in cache"])
+
+    def config(self):
+        """The transformers config of its models; of the weights nothing is fetched."""
+        found = self._found[self.steps[-1]]
+        with told(found):
+            file = hub().hf_hub_download(self.repository, "config.json", revision=found.commit, cache_dir=self._folder.parent,
+                                         local_files_only=offline())  # fmt: skip
+            return AutoConfig.from_pretrained(Path(file).parent, trust_remote_code=False)
+
+    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
+        """The model at `step`, ready to be measured; `options` go to from_pretrained (attn_implementation, say)."""
+        if step not in self._found:
+            raise UserError(f"step: {step} has no revision of {self.repository}; choose one of {self.steps}")
+        freeing, found = self.free and not offline(), self._found[step]
+        lock = self._folder.parent / ".locks" / self._folder.name / "free.lock"  # for processes that free what others read
+        with told(found), FileLock(lock) if freeing else nullcontext():
+            model = self._open(found, dtype, options)
+            if freeing:
+                self._release(step)
+        return model.to(device).eval()
+
+    def _open(self, found: Revision, dtype, options):
+        folder = fetch(found, self._cache)
+        safe = any(file.endswith(".safetensors") for file in found.weights)
+        try:
+            with without_bars():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, use_safetensors=safe, local_files_only=True, trust_remote_code=False,
+                    output_loading_info=True, **options)  # fmt: skip
+            Internals(model)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
+            raise UserError(f"{found}: cannot be loaded ({reason(error)}); choose another revision, or mend {options=}") from None
+        if missing := sorted(report["missing_keys"]):  # transformers has drawn them at random
+            raise UserError(f"{found}: lacks the weights {missing[0]} (and {len(missing) - 1} more); choose another revision")
+        return model
+
+    def _release(self, step: int) -> None:
+        """Remove the revision loaded before from the cache, and those of earlier steps, which a killed run may have left."""
+        stale = {found.commit for other, found in self._found.items() if other < step or other == self._before}
+        there = [self._folder / "snapshots" / commit for commit in sorted(stale - {self._found[step].commit})]
+        there, self._before = [path for path in there if path.exists()], step
+        if there:
+            scanned = scan_cache_dir(self._folder.parent)
+            scanned.delete_revisions(*(path.name for path in there)).execute()
+        if left := [path for path in there if path.exists()]:  # huggingface_hub leaves alone what it finds in disorder
+            why = next((reason(note) for note in scanned.warnings if str(self._folder) in str(note)), "no reason given")
+            raise UserError(f"{left[0]}: cannot be removed from the cache ({why}); remove it by hand, or set free=False")
+
+
+def lay_out(series: LocalSeries, repository: str, cache: Path, tokens_per_step: int) -> None:
+    """Write a local run's checkpoints as a cache of huggingface_hub has them, revisions named step1000-tokens2.5M.
+
+    Commits and blobs are hashes of the contents, so that a second call changes nothing; a revision is seen once it is whole.
+    """
+    folder = cache_folder(repository, cache)
+    (folder / "blobs").mkdir(parents=True, exist_ok=True)
+    for step, checkpoint in series:
+        hashes = {file.name: digest_of(file) for file in sorted(checkpoint.iterdir())}
+        snapshot = folder / "snapshots" / hashlib.sha1(json.dumps(hashes).encode()).hexdigest()
+        for name, digest in hashes.items():
+            if not (blob := folder / "blobs" / digest).exists():
+                shutil.copyfile(checkpoint / name, partial := blob.with_suffix(".incomplete"))
+                os.replace(partial, blob)
+        if not all((snapshot / name).exists() for name in hashes):
+            with new_folder(snapshot) as partial:
+                for name, digest in hashes.items():
+                    try:
+                        (partial / name).symlink_to(Path("..", "..", "blobs", digest))
+                    except OSError:
+                        shutil.copyfile(folder / "blobs" / digest, partial / name)
+        millions = f"{step * tokens_per_step / 1e6:.3f}".rstrip("0").rstrip(".")
+        write_ref(folder, f"step{step}-tokens{millions}M", snapshot.name)

@@ -1,0 +1,112 @@
+"""A text through the same interface as the sampled corpora, and what measuring a model takes, told before it is loaded."""
+
+import json
+
+import pytest
+import torch
+from latentree import function_vectors as fv
+from latentree import hydra, induction, prompts
+from latentree.corpus import held_out
+from latentree.errors import UserError
+from latentree.footprint import footprint, rows_that_fit
+from latentree.model import build_model, parameter_count
+from latentree.resampling import stimulus
+from latentree.sampler import HELD_OUT
+from latentree.stimuli import stimuli
+from latentree.text import Text, load_text
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import OlmoConfig, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+WORDS = "the cat sat on a mat and then dog ran off with it again".split()
+
+
+def tokenizer(**special):
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<end>", *WORDS])}, unk_token="<end>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def lines(count, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (20 + 3 * (n % 9),), generator=draw)) for n in range(count)]
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text("\n\n".join(lines(300)))
+    return load_text(str(file), tokenizer(eos_token="<end>"), documents=250)
+
+
+def test_documents_are_the_texts_and_end_with_the_end_token(text, tmp_path):
+    assert text.name == "story" and text.count == 250 and text.end == 0 and text.vocabulary_size == 1 + len(WORDS)
+    found = text.documents(HELD_OUT + torch.tensor([3, 0]))
+    want = [[1 + WORDS.index(word) for word in lines(300)[n].split()] + [0] for n in (3, 0)]
+    assert found.tokens.tolist() == want[0] + want[1] and found.count == 2
+    assert found.token["position"].tolist() == [*range(len(want[0])), *range(len(want[1]))]
+    assert torch.equal(text.documents(HELD_OUT + torch.tensor([253])).tokens, found.tokens[: len(want[0])])  # round the text
+    jsonl = tmp_path / "story.jsonl"
+    jsonl.write_text("\n".join(json.dumps({"text": line}) for line in lines(300)))
+    assert torch.equal(load_text(str(jsonl), tokenizer(eos_token="<end>"), 250).documents([HELD_OUT + 3]).tokens, torch.tensor(want[0]))
+    cut = load_text(str(jsonl), tokenizer(eos_token="<end>"), 6, shortest=4, longest=7)
+    assert cut.mean_document_length == 8 and len(held_out(cut, 2, 16)["tokens"]) == 2
+
+
+def test_every_measurement_takes_a_text(text):
+    model = build_model("olmo", text.vocabulary_size, 3, 16, 2, 32).eval()
+    model.set_attn_implementation("eager")
+    scores = induction.measure(model, stimuli(text, 6, 32), rows=4)
+    assert set(scores["stimulus"]) == {"natural", "legal repeat", "random repeat"} and scores["value"].notna().any()
+    taken = prompts.contexts(text, [], 6, 1, 24, 8)
+    vectors = fv.layerwise(model, taken, {fv.SAME: prompts.same_words(taken)}, 0)
+    assert (vectors["quantity"] == "gold word").any() and vectors["value"].notna().all()
+    scored = stimulus(text, 12, 32)
+    assert scored.peers is None and hydra.measure(model, scored)["value"].notna().all()
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("no.txt", None, "no such file"), ("short.txt", "the cat", "has 0 documents of 16 tokens or more"),
+    ("bad.jsonl", '{"words": "the cat"}', "cannot be read .KeyError"), ("worse.jsonl", "the cat", "cannot be read .JSONDecodeError"),
+    ("bytes.txt", b"\xff\xfe\xff", "cannot be read .UnicodeDecodeError")])
+def test_texts_that_cannot_be_read_are_told(tmp_path, name, content, match):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=match) as error:
+        load_text(str(tmp_path / name), tokenizer(eos_token="<end>"), 10)
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_without_network_or_package_is_told(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="text = 'maker/words:en'.*(pip install|cannot be streamed)"):
+        load_text("maker/words:en", tokenizer(eos_token="<end>"), 10)
+
+
+def test_a_tokenizer_without_an_end_token_and_too_many_documents_are_told(text):
+    with pytest.raises(UserError, match="no end token"):
+        load_text("any.txt", tokenizer(), 10)
+    with pytest.raises(UserError, match="251 documents are asked for, it has 250"):
+        text.documents(HELD_OUT + torch.arange(251))
+    with pytest.raises(UserError, match="documents are asked for, it has 3"):
+        held_out(Text("tiny", [[1, 2, 0]] * 3, 5, 0), 4, 8)
+
+
+def test_the_footprint_counts_weights_and_grows_with_rows_and_context():
+    config = OlmoConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=50)
+    model = build_model("olmo", 50, 2, 32, 4, 64, mlp_width=64)
+    assert footprint(config, 1, 64)["weights"] == pytest.approx(4 * parameter_count(model) / 1e9)
+    half, whole = footprint(config, 2, 64, torch.bfloat16), footprint(config, 4, 64, torch.bfloat16)
+    assert whole["attention"] == 2 * half["attention"] and footprint(config, 2, 128, torch.bfloat16)["attention"] == 4 * half["attention"]
+    assert rows_that_fit(config, 1.0, 64, most=32) == 32
+    rows = rows_that_fit(config, 0.02, 512)
+    assert sum(footprint(config, rows, 512).values()) <= 0.02 < sum(footprint(config, rows + 1, 512).values())
+    with pytest.raises(UserError, match="memory_limit_gb = 0.0001: one sequence of 512 tokens takes"):
+        rows_that_fit(config, 0.0001, 512)
+
+
+def test_a_billion_parameters_fit_twelve_gigabytes_with_2048_tokens():
+    config = OlmoConfig(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, intermediate_size=8192, vocab_size=50304,
+                        tie_word_embeddings=True)
+    assert 1.1e9 < footprint(config, 1, 2048)["weights"] / 4 * 1e9 < 1.3e9
+    assert rows_that_fit(config, 12.0, 2048) >= 1 and rows_that_fit(config, 12.0, 2048, torch.bfloat16) >= 2
