@@ -1,6 +1,5 @@
 """Contexts and prompts against the generator's own record, and vectors of models that are known by construction."""
 
-from functools import partial
 
 import pandas as pd
 import pytest
@@ -511,11 +510,9 @@ def test_a_model_that_does_nothing_has_no_vector(taken):
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-def test_layerwise_does_not_depend_on_the_batch(model, taken, monkeypatch, rows):
+def test_layerwise_does_not_depend_on_the_batch(model, taken, rows):
     given = {SAME: same_words(taken)}
-    whole = layerwise(model, taken, given)
-    monkeypatch.setattr(function_vectors, "states", partial(states, rows=rows))
-    pd.testing.assert_frame_equal(layerwise(model, taken, given), whole, atol=1e-6, rtol=0)
+    pd.testing.assert_frame_equal(layerwise(model, taken, given, rows=rows), layerwise(model, taken, given), atol=1e-6, rtol=0)
 
 
 def test_only_the_head_that_reads_has_an_effect(model, taken, seen, means, shuffled):

@@ -7,6 +7,7 @@ import torch
 from circuit_models import CONTEXT, SIZES, VOCABULARY, duplicate_model, induction_model
 from grammars import make
 
+from latentree import circuits
 from latentree.checkpoints import LocalSeries, save_checkpoint
 from latentree.circuits import copying, k_composition
 from latentree.corpus import load_process
@@ -313,6 +314,13 @@ def test_copying_agrees_with_the_definition():
         pairs = [(a, b) for a in set(row) for b in set(row) if a != b]
         share = sum(bool(logits[a, a] > logits[a, b]) for a, b in pairs) / len(pairs)
         assert found[s, 3] == pytest.approx(2 * share - 1, abs=1e-6)
+
+
+def test_copying_over_a_large_vocabulary_goes_sequence_by_sequence(monkeypatch):
+    model, tokens = build_model("olmo2", 13, layers=2, width=16, heads=2, context=8), torch.randint(13, (4, 8))
+    together = copying(model, tokens)
+    monkeypatch.setattr(circuits, "MOST_TOKENS", 2)
+    assert torch.allclose(copying(model, tokens), together)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "olmo", "olmo2", "gpt_neox", "gpt2"])

@@ -36,11 +36,11 @@ def lines(count, seed=0):
 def text(tmp_path):
     file = tmp_path / "story.txt"
     file.write_text("\n\n".join(lines(300)))
-    return load_text(str(file), tokenizer(eos_token="<end>"), documents=250)
+    return load_text(str(file), tokenizer(eos_token="<end>"), documents=250, vocabulary_size=24)
 
 
 def test_documents_are_the_texts_and_end_with_the_end_token(text, tmp_path):
-    assert text.name == "story" and text.count == 250 and text.end == 0 and text.vocabulary_size == 1 + len(WORDS)
+    assert text.name == "story" and text.count == 250 and text.end == 0
     found = text.documents(HELD_OUT + torch.tensor([3, 0]))
     want = [[1 + WORDS.index(word) for word in lines(300)[n].split()] + [0] for n in (3, 0)]
     assert found.tokens.tolist() == want[0] + want[1] and found.count == 2
@@ -54,12 +54,15 @@ def test_documents_are_the_texts_and_end_with_the_end_token(text, tmp_path):
 
 
 def test_every_measurement_takes_a_text(text):
-    model = build_model("olmo", text.vocabulary_size, 3, 16, 2, 32).eval()
+    assert text.vocabulary_size == 24  # the model's, larger than the tokenizer's
+    model = build_model("olmo", 24, 3, 16, 2, 32).eval()
     model.set_attn_implementation("eager")
     scores = induction.measure(model, stimuli(text, 6, 32), rows=4)
     assert set(scores["stimulus"]) == {"natural", "legal repeat", "random repeat"} and scores["value"].notna().any()
     taken = prompts.contexts(text, [], 6, 1, 24, 8)
     vectors = fv.layerwise(model, taken, {fv.SAME: prompts.same_words(taken)}, 0)
+    few = fv.layerwise(model, taken, {fv.SAME: prompts.same_words(taken)}, 0, rows=2)
+    assert (vectors["value"] - few["value"]).abs().max() < 1e-5
     assert (vectors["quantity"] == "gold word").any() and vectors["value"].notna().all()
     scored = stimulus(text, 12, 32)
     assert scored.peers is None and hydra.measure(model, scored)["value"].notna().all()

@@ -11,6 +11,9 @@ from latentree.errors import UserError
 from latentree.internals import Internals, norm_gain, weight
 
 
+MOST_TOKENS = 4096  # different tokens that sequences are taken together for
+
+
 @torch.no_grad()
 def copying(model, tokens) -> torch.Tensor:
     """How far each head's OV circuit raises what it attends to, over other tokens in context: (sequence, head), float64.
@@ -22,6 +25,8 @@ def copying(model, tokens) -> torch.Tensor:
     """
     inside = Internals(model)
     seen, place = tokens.to(model.device).unique(return_inverse=True)
+    if len(seen) > MOST_TOKENS and len(tokens) > 1:
+        return torch.cat([copying(model, row[None]) for row in tokens])
     present = torch.zeros(len(tokens), len(seen), device=model.device).scatter(1, place, 1.0)
     pairs = (present.sum(1) * (present.sum(1) - 1)).clamp(min=1)
     embedded, unembedding = inside.embedding.weight[seen], weight(inside.unembedding)[seen]
@@ -29,8 +34,8 @@ def copying(model, tokens) -> torch.Tensor:
     for layer in range(inside.layers):
         read = norm_gain(inside.input_norm(layer), embedded)
         for w_v, w_o in zip(inside.projections(layer)[2], inside.w_o(layer), strict=True):
-            written = norm_gain(inside.final_norm, norm_gain(inside.output_norm(layer), read @ w_v @ w_o))
-            logits = written @ unembedding.T
+            written = norm_gain(inside.final_norm, norm_gain(inside.output_norm(layer), w_o))  # norms' linear parts
+            logits = (read @ w_v) @ (written @ unembedding.T)
             raised = torch.sign(logits.diagonal()[:, None] - logits).to(present.dtype)
             scores.append((present @ raised * present).sum(1) / pairs)
     return torch.stack(scores, 1).double().cpu()

@@ -13,13 +13,14 @@ def footprint(config, rows: int, context: int, dtype=torch.float32) -> dict[str,
     """Gigabytes that measuring a model of this transformers config takes, by part, for `rows` sequences at a time.
 
     weights; attention, of one layer at a time: scores, and probabilities in float32; logits, in float32 with their log
-    probabilities; contributions, what all layers' attention and MLP write (the Hydra measurements hold these twice).
+    probabilities, and the unembedding in float64; contributions, what all layers' attention and MLP write (the Hydra
+    measurements hold these twice).
     """
     with torch.device("meta"):
         weights = parameter_count(AutoModelForCausalLM.from_config(config))
     size, tokens = dtype.itemsize, rows * context
     return {"weights": weights * size / GB, "attention": tokens * context * config.num_attention_heads * (2 * size + 8) / GB,
-            "logits": 2 * tokens * config.vocab_size * 4 / GB,
+            "logits": (2 * tokens * 4 + 8 * config.hidden_size) * config.vocab_size / GB,
             "contributions": 6 * tokens * config.num_hidden_layers * config.hidden_size * size / GB}  # fmt: skip
 
 
@@ -34,5 +35,5 @@ def rows_that_fit(config, limit_gb: float, context: int, dtype=torch.float32, mo
     if needed(1) > limit_gb:
         raise UserError(f"memory_limit_gb = {limit_gb:g}: one sequence of {context} tokens takes {needed(1):.1f} GB with this model; "
                         "give a shorter context, bfloat16, or a higher limit")
-    fixed = footprint(config, 0, context, dtype)["weights"]
+    fixed = needed(0)
     return max(1, min(most, int((limit_gb - fixed) / (needed(1) - fixed))))

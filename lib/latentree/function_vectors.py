@@ -66,7 +66,7 @@ def attention_outputs(model, z) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layerwise(model, contexts: Contexts, prompts: dict[str, Prompts], seed: int = 0) -> pd.DataFrame:
+def layerwise(model, contexts: Contexts, prompts: dict[str, Prompts], seed: int = 0, rows: int = 64) -> pd.DataFrame:
     """Improvement of zero-shot prompts by a contextual run's attention output, added layer by layer: tidy, in COLUMNS.
 
     `prompts` {name: one for each query of the contexts}. quantity: by how many nats the KL from the latent-aware predictive
@@ -74,30 +74,30 @@ def layerwise(model, contexts: Contexts, prompts: dict[str, Prompts], seed: int 
     latent), a `random` direction of the own vector's norm, and the difference `own - another`. Without a layer (-1):
     `zero-shot` and, for prompts of the queries' own words, `in context` are the distances themselves; `best layer` is the
     difference in the layer that is best on one half of the latents, scored on the other, both ways. low and high bound
-    95 % over latents.
+    95 % over latents. `rows` contexts run at a time.
     """
-    z, in_context = states(model, contexts.tokens, contexts.document, contexts.position)
+    z, in_context = states(model, contexts.tokens, contexts.document, contexts.position, rows)
     own = attention_outputs(model, z)
     sets = {"own": own, "another": own[:, of_next_latent(contexts, seed)], "random": random_like(own, seed)}
-    rows = {}
+    found = {}
     for name, prompt in prompts.items():
         zero_shot = last_logits(model, prompt.tokens)
         for quantity, distance in DISTANCES.items():
-            rows[name, "zero-shot", -1, quantity] = distance(zero_shot, prompt)
+            found[name, "zero-shot", -1, quantity] = distance(zero_shot, prompt)
             if name == SAME:
-                rows[name, "in context", -1, quantity] = distance(in_context, prompt)
+                found[name, "in context", -1, quantity] = distance(in_context, prompt)
         repeated = prompt.tokens.repeat(len(sets), 1).to(model.device)
         for layer in range(len(own)):
             added = torch.cat([vectors[layer] for vectors in sets.values()]).to(model.device)
             logits = added_logits(model, repeated, layer, added).cpu()
             for vector, after in zip(sets, logits.chunk(len(sets)), strict=True):
                 for quantity, distance in DISTANCES.items():
-                    before = rows[name, "zero-shot", -1, quantity]
-                    rows[name, vector, layer, quantity] = before - distance(after, prompt)
+                    before = found[name, "zero-shot", -1, quantity]
+                    found[name, vector, layer, quantity] = before - distance(after, prompt)
             for quantity in DISTANCES:
-                pair = (rows[name, vector, layer, quantity] for vector in ("own", "another"))
-                rows[name, DIFFERENCE, layer, quantity] = next(pair) - next(pair)
-    return over_latents(rows, contexts.query_latent)
+                pair = (found[name, vector, layer, quantity] for vector in ("own", "another"))
+                found[name, DIFFERENCE, layer, quantity] = next(pair) - next(pair)
+    return over_latents(found, contexts.query_latent)
 
 
 def of_next_latent(contexts: Contexts, seed: int = 0) -> torch.Tensor:

@@ -50,6 +50,11 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
     return whole
 
 
+def digest(tokens) -> str:
+    """A hash of tokens (any shape), for a sweep's key."""
+    return hashlib.sha256(tokens.cpu().long().numpy().tobytes()).hexdigest()[:16]
+
+
 def library_digest() -> str:
     """A hash of this library's source."""
     files = sorted(Path(__file__).parent.glob("*.py"))

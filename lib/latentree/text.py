@@ -40,8 +40,10 @@ class Text:
         return Documents({"tokens": tokens.to(device), "document": document.to(device), "position": position.to(device)}, len(place))
 
 
-def load_text(source: str, tokenizer, documents: int, shortest: int = 16, longest: int = 4096) -> Text:
+def load_text(source: str, tokenizer, documents: int, vocabulary_size: int = 0, shortest: int = 16, longest: int = 4096) -> Text:
     """The first `documents` documents of `source` with at least `shortest` tokens, cut off after `longest`.
+
+    `vocabulary_size` is the model's, where it is larger than the tokenizer's (many are padded).
 
     UserError for a source that is not there, cannot be reached or is not text, a tokenizer without an end token, or less
     than 2 documents.
@@ -54,7 +56,7 @@ def load_text(source: str, tokenizer, documents: int, shortest: int = 16, longes
     kept = list(islice((row for row in tokens if len(row) >= shortest), documents))
     if len(kept) < 2:
         raise UserError(f"text = {source!r}: has {len(kept)} documents of {shortest} tokens or more; give a longer text")
-    return Text(Path(source).stem, kept, len(tokenizer), end)
+    return Text(Path(source).stem, kept, max(len(tokenizer), vocabulary_size), end)
 
 
 def _of_file(path):
