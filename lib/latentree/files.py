@@ -2,9 +2,11 @@
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 from latentree.errors import UserError
 
@@ -79,3 +81,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def with_palette(png: bytes) -> bytes:
+    """A PNG picture in at most 256 colours, a third of the size, if that is smaller; its resolution is kept."""
+    drawn, picture = BytesIO(), Image.open(BytesIO(png))
+    options = {"dpi": picture.info["dpi"]} if "dpi" in picture.info else {}
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(drawn, "PNG", optimize=True, **options)
+    return min(png, drawn.getvalue(), key=len)

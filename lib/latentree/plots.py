@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.patches import Rectangle
-from PIL import Image
+
+from latentree.files import with_palette
 
 # Okabe and Ito's colour-blind safe colours; a corpus has the same one in every figure.
 KIND_COLOURS = {"PCFG": "#0072B2", "flat": "#D55E00", "static": "#009E73", "n-gram": "#CC79A7", "hashed n-gram": "#8C6D1F",
@@ -41,8 +42,7 @@ def save(figure, out, name):
     folder.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
     figure.savefig(drawn, bbox_inches="tight")
-    palette = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the size
-    palette.save(folder / f"{name}.png", optimize=True)
+    (folder / f"{name}.png").write_bytes(with_palette(drawn.getvalue()))
 
 
 def save_table(table, out, name):

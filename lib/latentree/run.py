@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from base64 import b64decode, b64encode
 from pathlib import Path
 
 import psutil
 from filelock import FileLock, Timeout
 
 from latentree.errors import UserError
-from latentree.files import code_cells, read_notebook, readable, write_text
+from latentree.files import code_cells, read_notebook, readable, with_palette, write_text
 from latentree.params import check, declared, load
 from latentree.record import NOTED, describe, output_folder, version_of, without_machine, write_record
 
@@ -198,12 +199,14 @@ def last_started(partial: Path) -> str:
 
 
 def publish(source: Path, target: Path, folder: Path) -> None:
-    """Put an executed notebook in its place, without papermill's paths and without those of this machine."""
+    """Put an executed notebook in its place, with small pictures, without papermill's paths and without those of this machine."""
     notebook = without_machine(read_notebook(source), folder)
     for private in ("input_path", "output_path", "parameters"):
         notebook["metadata"].get("papermill", {}).pop(private, None)
     for cell in notebook["cells"]:
         cell["source"] = cell["source"].splitlines(keepends=True)
+        for shown in (output["data"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})):
+            shown["image/png"] = b64encode(with_palette(b64decode(shown["image/png"]))).decode()
     write_text(target, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
