@@ -36,7 +36,7 @@ CLAIMS = {
     | {f"{claim}-{name}" for claim in ("shallow-before-deep-on", "legal-mass-saturates-early-on", "subject-verb-mass-is-exact-on", "near-the-ideal-reader-on",
                                        "latent-beyond-untrained-on") for name in ("bound", "released-small")},
     "07_olmo": {f"{series}-{claim}" for series in ("series", "olmo")
-                for claim in ("induction", "function-vector", "hydra", "induction-as-released", "hydra-as-released")},
+                for claim in ("induction", "induction-head-matters", "function-vector", "hydra", "induction-as-released", "hydra-as-released")},
 }
 
 

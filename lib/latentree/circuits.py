@@ -60,7 +60,7 @@ def k_composition(model, later: tuple[int, int], draws: int = 20, seed: int = 0)
     def reading(at):
         return norm_gain(inside.input_norm(at), stream)
 
-    w_q, w_k, _ = (reading(layer) @ projection[head] for projection in inside.projections(layer))
+    w_q, w_k, _ = (reading(layer) @ projection[head].float() for projection in inside.projections(layer))
 
     one = torch.eye(inside.head_dim, device=model.device)
 
@@ -70,7 +70,7 @@ def k_composition(model, later: tuple[int, int], draws: int = 20, seed: int = 0)
     rows = []
     for before in range(layer):
         for number, (w_v, w_o) in enumerate(zip(inside.projections(before)[2], inside.w_o(before), strict=True)):
-            rows.append((before, number, composed(reading(before) @ w_v, norm_gain(inside.output_norm(before), w_o))))
+            rows.append((before, number, composed(reading(before) @ w_v.float(), norm_gain(inside.output_norm(before), w_o.float()))))
     generator = torch.Generator().manual_seed(seed)
     shape = (draws, 2, inside.width, inside.head_dim)
     random = torch.randn(shape, generator=generator).to(model.device)

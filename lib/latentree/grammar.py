@@ -1,4 +1,4 @@
-"""Grammar files, and what a grammar says exactly: sentence shapes, lengths, frequencies.
+"""A grammar, and what it says exactly: sentence shapes, lengths, frequencies.
 
 A grammar file gives a probabilistic context-free grammar over ROLES (subject, verb, ...), the words of each role, and
 the latents that decide which word a role's rank means in which part of the corpus. Tokens come from roles in two
@@ -11,64 +11,13 @@ from functools import cached_property
 
 import nltk
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from latentree.errors import UserError
 from latentree.files import read_yaml
+from latentree.grammar_file import LEVELS, GrammarFile, Role, checked
 
-LEVELS = ("corpus", "document", "section", "paragraph", "sentence")
 END = "end"  # the role that closes every sentence: one token, the last of the vocabulary
 SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
-
-
-class Role(BaseModel):
-    """The words of a role: how many, and the exponent of the Zipf law over their ranks (0: uniform)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    size: int = Field(gt=0)
-    zipf: float = Field(default=0.0, ge=0)
-
-    @property
-    def frequencies(self):
-        """Probability of each rank (size,): proportional to rank**-zipf."""
-        weights = np.arange(1, self.size + 1, dtype=float) ** -self.zipf
-        return weights / weights.sum()
-
-    @property
-    def has_map(self):
-        """A uniform role looks the same under every map of ranks to tokens, so it has none."""
-        return self.zipf > 0 and self.size > 1
-
-
-class DocumentShape(BaseModel):
-    """Sections in a document, paragraphs in a section, sentences in a paragraph."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    sections: int = Field(gt=0)
-    paragraphs: int = Field(gt=0)
-    sentences: int = Field(gt=0)
-
-    def per_document(self, level):
-        """How many units of `level` a document holds."""
-        counts = (self.sections, self.paragraphs, self.sentences)
-        return int(np.prod(counts[: LEVELS.index(level) - 1]))
-
-
-class GrammarFile(BaseModel):
-    """The fields of a grammar file (params/grammars/*.yaml)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: str
-    about: str
-    sentence: str
-    roles: dict[str, Role]
-    shared: float = Field(default=0.0, ge=0, lt=1)
-    document: DocumentShape
-    redraw: dict[str, float]
-    binding: float = Field(default=0.0, ge=0, le=1)
-    habits: dict[str, str] = {}
-    repetitions: int = Field(default=1, gt=0)
-    exclude_held_out: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -79,18 +28,6 @@ class Shape:
     binds_to: tuple
     tree: nltk.Tree
     probability: float
-
-
-def checked(model, content, name):
-    """`content` as a pydantic `model`; every fault becomes a one-line UserError naming the field and its value."""
-    try:
-        return model(**content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "file"
-        given = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        mend = f"remove it (fields: {', '.join(model.model_fields)})" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UserError(f"grammar {name}: {field}{given}: {mend}") from None
 
 
 class Grammar:
