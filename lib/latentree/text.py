@@ -84,6 +84,7 @@ def _of_hub(source):
         raise UserError(f"text = {source!r}: reading data sets of the hub needs the package datasets; "
                         "pip install 'latentree[text]', or give a .txt or .jsonl file") from None
     except Exception as error:  # whatever the network, the hub or the data set's format raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"text = {source!r}: cannot be streamed ({reason}); connect to the network, mend the name, or give a "
-                        ".txt or .jsonl file") from None
+        reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        mend = ("accept its licence and set HF_TOKEN" if "is a gated dataset" in reason else
+                "connect to the network, mend the name, choose a data set with the field text")
+        raise UserError(f"text = {source!r}: cannot be streamed ({reason}); {mend}, or give a .txt or .jsonl file") from None
