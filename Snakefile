@@ -21,6 +21,7 @@ NOTEBOOKS = {
     "05_hydra_effect": ["02_training"],
     "06_hierarchy_in_stages": ["02_training"],
     "07_olmo": ["03_induction_heads", "04_function_vectors", "05_hydra_effect"],
+    "08_theory_sanity_checks": [],
 }
 LIGHT = {"01_grammar_design"}  # one thread is enough; the others take two
 

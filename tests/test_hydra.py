@@ -17,6 +17,7 @@ from latentree.resampling import Stimulus, draw_donors, stimulus, syntactic_stat
 from latentree.sampler import GrammarProcess
 from latentree.stimuli import bound_queries
 from latentree.sweep import sweep
+from latentree.text import Text
 
 torch.set_num_threads(1)
 ONE = {"attention": "attention", "mlp": "mlp", "head": "z"}
@@ -340,6 +341,25 @@ def test_the_layer_that_is_made_up_for_is_chosen_by_the_other_half():
     found, scores = most_repaired(runs, least=-1.0)
     assert found.layer == 0 and scores.tolist() == [False, True] * 20
     assert most_repaired(runs, least=1e6)[0] is None
+
+
+def test_text_in_which_no_position_has_a_donor_is_refused_in_one_line():
+    """No word comes twice in random text, so no document can stand in for another: fewer than two sequences are left."""
+    words = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).view(20, 50)
+    text = Text("random", [*words.numpy()], vocabulary_size=1001, end=1000)
+    assert len(stimulus(text, 8, 24, same_word=False).at) == 8
+    with pytest.raises(UserError, match="where: leaves 0 of 8 sequences a position with a donor; .* for 2 or more") as error:
+        stimulus(text, 8, 24)
+    assert "\n" not in str(error.value)
+    shown = random_stimulus()
+    for kept in (0, 1):
+        with pytest.raises(UserError, match=f"where: leaves {kept} of 6 sequences"):
+            shown.of(torch.arange(6) < kept)
+    # Where two keep each other's donors, the rest is left out.
+    shown.state = torch.arange(6)[:, None].clamp(min=1).expand_as(shown.tokens)
+    assert shown.of(torch.arange(6) < 5).tokens.equal(shown.tokens[:2])
+    with pytest.raises(UserError, match="where: leaves 0 of 5 sequences"):
+        shown.of(torch.arange(6) > 0)
 
 
 # ---------------------------------------------------------------------- the table

@@ -1,13 +1,18 @@
 """Intervals on data whose coverage is known, and the judge of written sentences."""
 
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 import torch
 from grammars import make
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from latentree import plots
 from latentree.parsing import legal_sentences
 from latentree.sampler import GrammarProcess
-from latentree.statistics import bootstrap, recovered_share, t_interval
+from latentree.statistics import bootstrap, holm, paired, recovered_share, t_interval
+from scipy import stats
 
 
 def test_intervals_cover_as_often_as_they_say():
@@ -30,6 +35,58 @@ def test_recovered_share_is_one_for_the_ceiling_and_zero_for_the_floor():
 def test_one_estimate_has_no_interval():
     mean, low, high = t_interval([3.0])
     assert mean == 3 and np.isnan(low) and np.isnan(high)
+
+
+def by_signs(values, statistic):
+    """The share of all ways to set the values' signs in which a statistic comes out as large as it is, or larger."""
+    ways = [statistic(np.array(signs) * np.abs(values)) for signs in product((1, -1), repeat=len(values))]
+    return np.mean(np.array(ways) >= statistic(values) - 1e-12)
+
+
+@pytest.mark.parametrize("shift", [-0.6, 0.0, 0.4, 3.0])
+def test_paired_differences_are_tested_one_sided(shift):
+    values = np.random.default_rng(1).normal(shift, 1, 9)
+    found = paired(values)
+    ranks = stats.rankdata(np.abs(values))
+    assert found["mean"] == pytest.approx(values.mean()) and found["d"] == pytest.approx(values.mean() / values.std(ddof=1))
+    assert found["permutation"] == pytest.approx(by_signs(values, np.mean))
+    assert found["wilcoxon"] == pytest.approx(by_signs(values, lambda v: ranks[v > 0].sum()))
+    assert found["t"] == pytest.approx(stats.t.sf(found["d"] * 3, 8))
+    turned = paired(-values)
+    assert turned["d"] == pytest.approx(-found["d"]) and turned["t"] == pytest.approx(1 - found["t"])
+    assert found["permutation"] + turned["permutation"] == pytest.approx(1 + 2**-9)  # as it is counts on both sides
+
+
+@pytest.mark.parametrize("pairs", [4, 5, 8])
+def test_when_all_pairs_agree_no_sign_test_is_below_its_least(pairs):
+    values = 1 + np.random.default_rng(0).random(pairs)
+    assert paired(values)["permutation"] == 2.0**-pairs == paired(values)["wilcoxon"]
+    assert paired(-values)["permutation"] == 1
+
+
+def test_the_interval_of_d_is_that_of_resampled_pairs():
+    values, rng = np.random.default_rng(2).normal(0.8, 1, 14), np.random.default_rng(3)
+    drawn = [sample.mean() / sample.std(ddof=1) for sample in (rng.choice(values, 14) for _ in range(8000))]
+    found = paired(values)
+    assert (found["d_low"], found["d_high"]) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.08)
+    assert found == paired(values)
+
+
+def test_holm_on_an_example_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 4 p, 3 p, 2 p; the largest is held up
+    assert holm([0.5, 0.6]).tolist() == [1, 1] and holm([0.2]).tolist() == [0.2] and holm([]).tolist() == []
+
+
+@given(st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02, 0.05]), min_size=1, max_size=6))
+@settings(max_examples=200, deadline=None)
+def test_holm_closes_bonferronis_test(p):
+    """An adjusted p is the largest that Bonferroni gives to a set of tests with this one in it."""
+    sets = [chosen for size in range(1, len(p) + 1) for chosen in combinations(range(len(p)), size)]
+    expected = [max(min(1, len(chosen) * min(p[j] for j in chosen)) for chosen in sets if i in chosen) for i in range(len(p))]
+    found = holm(p)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert (found >= p).all() and (found <= np.minimum(1, len(p) * np.array(p))).all()
+    assert (np.diff(found[np.argsort(p)]) >= 0).all()
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.5])

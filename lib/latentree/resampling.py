@@ -35,8 +35,6 @@ def stimulus(process, sequences, context, seed=0, grammar=None, where=None, same
             raise UserError(f"where: has shape {shapes}; give one boolean for each token")
         allowed &= where
     kept = allowed.any(1)
-    if kept.sum() < 2:
-        raise UserError(f"where: leaves {int(kept.sum())} of {sequences} sequences a position; allow more, for 2 or more")
     drawn = torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed))
     at = drawn.masked_fill(~allowed, -1).argmax(1)
     target = tokens[torch.arange(sequences), at + 1]
@@ -117,7 +115,13 @@ class Stimulus:
     peers: torch.Tensor | None = None
 
     def of(self, kept) -> Stimulus:
-        """Only the sequences that `kept` (sequence,) says, less those whose scored position then has no donor."""
+        """Only the sequences that `kept` (sequence,) says, less those whose scored position then has no donor.
+
+        UserError if less than 2 are left.
+        """
+        if kept.sum() < 2:
+            raise UserError(f"where: leaves {int(kept.sum())} of {len(kept)} sequences a position with a donor; allow more "
+                            "positions or states, or give more sequences, for 2 or more")  # fmt: skip
         peers = None if self.peers is None else self.peers[kept]
         fields = (field[kept] for field in (self.tokens, self.at, self.target, self.state, self.source))
         shown, row = Stimulus(*fields, self.seed, peers), torch.arange(int(kept.sum()))

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from scipy import stats
 
+from latentree.errors import UserError
+
 
 def bootstrap(values, statistic=None, draws=2000, level=0.95, seed=0):
     """(value, low, high) of a statistic of independent units, by the percentile bootstrap.
@@ -55,3 +57,39 @@ def recovered_share(loss, without, aware):
         return (means[:, 1] - means[:, 0]) / (means[:, 1] - means[:, 2])
 
     return bootstrap(stacked, share)
+
+
+def paired(differences, draws=2000, seed=0) -> dict:
+    """Do paired differences (pairs,) lie above 0? Every test is one-sided.
+
+    Returns the mean; d, Cohen's of paired differences (mean / standard deviation), and d_low, d_high, its 95 % by bootstrap
+    (of the samples that spread); p by permutation (all signs, exact), wilcoxon and t. With n pairs no p by permutation is
+    below 2^-n. UserError for less than 2 pairs.
+    """
+    values = np.asarray(differences, dtype=float)
+    if len(values) < 2:
+        raise UserError(f"differences: has {len(values)} pair; give 2 or more")
+
+    def effect(sample):
+        spread = sample.std(1, ddof=1)
+        return sample.mean(1)[spread > 0] / spread[spread > 0]
+
+    drawn = effect(values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))])
+    if not len(effect(values[None])):  # all the same
+        same = 0.5 ** len(values) if values[0] > 0 else 1.0
+        nothing = dict.fromkeys(("d", "d_low", "d_high"), np.nan)
+        return {"mean": float(values[0])} | nothing | dict.fromkeys(("permutation", "wilcoxon", "t"), same)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    signs = stats.permutation_test((values,), np.mean, permutation_type="samples", alternative="greater", n_resamples=np.inf)
+    return {"mean": float(values.mean()), "d": float(effect(values[None])[0]), "d_low": float(low), "d_high": float(high),
+            "permutation": float(signs.pvalue),
+            "wilcoxon": float(stats.wilcoxon(values, alternative="greater", zero_method="zsplit").pvalue),
+            "t": float(stats.ttest_1samp(values, 0, alternative="greater").pvalue)}  # fmt: skip
+
+
+def holm(p) -> np.ndarray:
+    """p-values (tests,) adjusted for their number, by Holm's step-down method (Holm 1979)."""
+    p = np.asarray(p, dtype=float)
+    order = p.argsort()
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return stepped[order.argsort()]

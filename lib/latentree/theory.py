@@ -4,15 +4,25 @@ A query token is predicted at the cue before it. All that is asked here is asked
 which most is known of the global latent z0.
 """
 
+from itertools import product
+
 import pandas as pd
 import torch
 from nnsight import NNsight
 
-from latentree.interventions import heads_and_logits
+from latentree import induction
+from latentree.errors import UserError
+from latentree.function_vectors import BEST, SAME, layerwise
+from latentree.hydra import Ablations
 from latentree.internals import Internals
+from latentree.interventions import heads_and_logits
 from latentree.model import log_probabilities, next_token_losses
+from latentree.prompts import Contexts, Prompts
+from latentree.released import measure_as_released
+from latentree.resampling import Stimulus
 from latentree.statistics import ratio
-from latentree.two_level import TwoLevel, exchanged, predictive
+from latentree.stimuli import RELEASED
+from latentree.two_level import TwoLevel, clear_segments, contested, predictive
 
 
 def floors(model, process: TwoLevel, tokens: torch.Tensor) -> pd.DataFrame:
@@ -30,63 +40,106 @@ def floors(model, process: TwoLevel, tokens: torch.Tensor) -> pd.DataFrame:
                          "value": value, "low": low, "high": high, "exact": exact.mean(0)})  # fmt: skip
 
 
-def distance_effects(model, process: TwoLevel, tokens, z0, distances, seed: int = 0) -> pd.DataFrame:
-    """By how many nats the last query token costs more when one earlier segment is another latent's (`exchanged`).
+def block_masses(process: TwoLevel, log_p: torch.Tensor) -> torch.Tensor:
+    """What predictions, log probabilities (..., vocabulary), give to each global latent's block of tokens (..., z0)."""
+    latents = len(process.log_z0)
+    return log_p[..., : process.cue].exp().unflatten(-1, (latents, process.cue // latents)).sum(-1)
 
-    DataFrame (distance, effect, exact, share, low, high): means of the model's and the exact predictor's change, and their
-    ratio with 95 % over sequences. Theorem 1's retrieval does not depend on the distance: nor does the exact effect.
+
+@torch.no_grad()
+def last_query(model, tokens, seen=None) -> torch.Tensor:
+    """A model's log probabilities (sequence, vocabulary), float64, for the last of tokens (sequence, position).
+
+    Attention is kept from tokens that are not `seen` (sequence, position; bool); positions stay what they are.
     """
-    last, rows = tokens[:, -1], []
+    mask = None if seen is None else seen[:, :-1].to(model.device)
+    found = [model(input_ids=chunk, attention_mask=None if seen is None else mask[at : at + len(chunk)], use_cache=False,
+                   position_ids=torch.arange(chunk.shape[1], device=chunk.device)[None]).logits[:, -1].double().log_softmax(-1).cpu()
+             for at, chunk in zip(range(0, len(tokens), 64), tokens[:, :-1].to(model.device).split(64))]  # fmt: skip
+    return torch.cat(found)
 
-    def told(batch):
-        row = torch.arange(len(batch))
-        return log_probabilities(model, batch)[row, -2, last].double(), predictive(process, batch)[row, -1, last]
 
-    before = told(tokens)
-    for distance in distances:
-        after = told(exchanged(process, tokens, z0, distance, seed))
-        own, exact = (b - a for b, a in zip(before, after, strict=True))
-        rows.append((distance, float(own.mean()), float(exact.mean()), *map(float, ratio(own, exact))))
-    return pd.DataFrame(rows, columns=["distance", "effect", "exact", "share", "low", "high"])
+def window_excess(model, process: TwoLevel, tokens: torch.Tensor, windows) -> pd.DataFrame:
+    """What the last query token costs more when only the last tokens before it are seen: DataFrame (window, value, low, high, exact).
+
+    Nats, mean and 95 % over sequences, of the model (its attention masked) and of the exact predictor (who sums over what
+    it does not see); `windows` are numbers of tokens.
+    """
+    last, place, rows = tokens[:, -1:], torch.arange(tokens.shape[1]), []
+
+    def told(window):
+        seen = (place >= tokens.shape[1] - 1 - window).expand(tokens.shape)
+        return last_query(model, tokens, seen).gather(1, last)[:, 0], predictive(process, tokens, seen)[:, -1].gather(1, last)[:, 0]
+
+    whole = told(tokens.shape[1])
+    for window in windows:
+        own, exact = (before - after for before, after in zip(whole, told(window), strict=True))
+        rows.append((window, *map(float, ratio(own, torch.ones_like(own))), float(exact.mean())))
+    return pd.DataFrame(rows, columns=["window", "value", "low", "high", "exact"])
+
+
+def distance_effects(model, process: TwoLevel, distances, count: int = 64, seed: int = 0) -> pd.DataFrame:
+    """How far one deciding segment moves the last query's log odds between two global latents (two_level.contested).
+
+    DataFrame (distance, value, low, high, exact, share): half the difference between both sides' log odds, nats, mean and
+    95 % over `count` sequences, for the model and the exact predictor, and the ratio of the means. Theorem 1's retrieval
+    does not depend on the distance: nor does the exact effect, for segments are exchangeable.
+    """
+    rows = []
+    for distance, tokens in zip(distances, (contests := contested(process, count, distances, seed))[0], strict=True):
+        effects = []
+        for read in (lambda side: last_query(model, side), lambda side: predictive(process, side)[:, -1]):
+            masses = torch.stack([block_masses(process, read(side)) for side in tokens]).log()
+            odds = masses.gather(2, contests[1].T[None].expand(2, -1, -1)).diff(dim=2)[..., 0]  # (side, sequence)
+            effects.append((odds[1] - odds[0]) / 2)
+        own, exact = effects
+        value, low, high = map(float, ratio(own, torch.ones_like(own)))
+        rows.append((distance, value, low, high, float(exact.mean()), value / float(exact.mean()) if exact.any() else float("nan")))
+    return pd.DataFrame(rows, columns=["distance", "value", "low", "high", "exact", "share"])
 
 
 def other_latent(z0: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """For each sequence the number of one with another z0 (sequence,), drawn with `seed`."""
+    """For each sequence the number of one with another z0 (sequence,), drawn with `seed`. UserError if all have the same."""
+    if len(z0.unique()) < 2:
+        raise UserError(f"z0: is {int(z0[0])} in all {len(z0)} sequences; give more sequences")
     return torch.multinomial((z0[:, None] != z0).double(), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
 
 
 @torch.no_grad()
 def reuse(model, process: TwoLevel, tokens, z0, seed: int = 0) -> pd.DataFrame:
-    """Whether the last query follows a global latent patched into the stream: DataFrame (layer, value, low, high, mass).
+    """Whether the last query follows a global latent patched into the stream: DataFrame (site, layer, value, low, high, mass).
 
-    At the last tokens of all earlier segments the residual stream after a layer is replaced by that of a sequence with
-    another z0; value is the share of sequences whose prediction then gives more to the donor's block of tokens than to the
-    own (layer -1: without a patch), mass the mean of p(donor's) / (p(donor's) + p(own)). The segment itself is left as it
-    is. 95 % over sequences.
+    The stream of a sequence with another z0 takes the place of the own one at a site, of earlier segments: their `queries`,
+    where the theorem's inferences would lie, their `evidence`, or `all` of their tokens. `layer` counts the blocks before
+    it: 0 is the embeddings, where all that earlier segments say is another's. What is followed at 0 and no more from a later
+    layer on has been read before. value: the share of sequences whose prediction then gives more to the donor's block than
+    to the own, 95 % over sequences; mass: the mean of p(donor's) / (p(donor's) + p(own)). Site `none` is the clean run.
     """
-    donor, ends = other_latent(z0, seed), process.queries[:-1]
-    block = torch.arange(process.cue) // (process.cue // len(process.log_z0))
+    donor, row = other_latent(z0, seed), torch.arange(len(tokens))
+    place = torch.arange(tokens.shape[1] - process.length)
+    query = place % process.length == process.length - 1
+    sites = {"queries": place[query], "evidence": place[place % process.length < process.evidence], "all": place}
     traced = NNsight(model)
     inside = Internals(model, traced)
+    given = tokens.to(model.device)
 
-    def follows(log_p):
-        mass = torch.zeros(len(tokens), len(process.log_z0)).index_add(1, block, log_p.exp()[:, : process.cue].cpu())
-        row = torch.arange(len(tokens))
-        theirs, own = (mass[row, latent].double() for latent in (z0[donor], z0))
+    def follows(logits):
+        masses = block_masses(process, logits.double().log_softmax(-1).cpu())
+        theirs, own = (masses[row, latent] for latent in (z0[donor], z0))
         return (theirs > own).double(), float((theirs / (theirs + own)).mean())
 
-    given = tokens.to(model.device)
     with traced.trace(input_ids=given, use_cache=False):
-        streams = [block_.output for block_ in inside.blocks].save()
+        streams = [block.input for block in inside.blocks].save()
         clean = traced.output.logits[:, -2].save()
-    found = {-1: follows(clean.log_softmax(-1))}
-    for layer, stream in enumerate(streams):
-        with traced.trace(input_ids=given, use_cache=False):
-            inside.blocks[layer].output[:, ends] = stream[donor][:, ends]
-            logits = traced.output.logits[:, -2].save()
-        found[layer] = follows(logits.log_softmax(-1))
-    rows = [(layer, *map(float, ratio(values, torch.ones_like(values))), mass) for layer, (values, mass) in found.items()]
-    return pd.DataFrame(rows, columns=["layer", "value", "low", "high", "mass"])
+    found = {("none", 0): follows(clean)}
+    for site, at in sites.items():
+        for layer, stream in enumerate(streams):
+            with traced.trace(input_ids=given, use_cache=False):
+                inside.blocks[layer].input[:, at] = stream[donor][:, at]
+                logits = traced.output.logits[:, -2].save()
+            found[site, layer] = follows(logits)
+    rows = [(*key, *map(float, ratio(values, torch.ones_like(values))), mass) for key, (values, mass) in found.items()]
+    return pd.DataFrame(rows, columns=["site", "layer", "value", "low", "high", "mass"])
 
 
 @torch.no_grad()
@@ -108,7 +161,8 @@ def specialisation(model, process: TwoLevel, tokens, z0, seed: int = 0) -> pd.Da
     spread = 2 * clean.var(1).sum(-1)
     found = {"earlier": torch.where(current, tokens, tokens[donor]), "current": torch.where(current, tokens[donor], tokens)}
     found = {name: (written(batch) - clean).square().mean(1).sum(-1) / spread for name, batch in found.items()}
-    rows = [(layer, head, *(float(found[name][layer, head]) for name in found)) for layer in range(inside.layers) for head in range(inside.heads)]
+    heads = product(range(inside.layers), range(inside.heads))
+    rows = [(*number, *(float(changed[number]) for changed in found.values())) for number in heads]
     return pd.DataFrame(rows, columns=["layer", "head", *found])
 
 
@@ -208,3 +262,71 @@ def curvature(model, process: TwoLevel, tokens, z0, layer: int, head: int, seed:
         return (logits[torch.arange(len(given)), given[:, -1]] - logits.mean(-1)).double()
 
     return (target(1.0) - 2 * target(0.0) + target(-1.0)).cpu()
+
+
+# ---------------------------------------------------------------------- the mechanisms of the paper's toy experiment
+
+
+def scored(tokens: torch.Tensor, seed: int = 0) -> Stimulus:
+    """The last query of each of tokens (sequence, position) as the scored token; donors stand at the same place of another."""
+    row, at = torch.arange(len(tokens)), torch.full((len(tokens),), tokens.shape[1] - 2)
+    places = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return Stimulus(tokens, at, tokens[:, -1], places, row[:, None].expand(tokens.shape), seed)
+
+
+def vector_prompts(process: TwoLevel, each: int, seed: int = 0) -> tuple[Contexts, Prompts]:
+    """`each` contexts for each global latent, up to the last cue, and their zero-shot prompts: the last segment alone.
+
+    The earlier segments clearly say the latent, and the last one another (neither the own nor the next one, whose vector is the
+    control), so that it does not tell what to inject. Gold is the exact prediction in the context. UserError for less than 4
+    global latents.
+    """
+    latents, earlier = len(process.log_z0), process.segments - 1
+    if latents < 4:
+        raise UserError(f"z0 = {latents}: own, another and the prompt's latent must differ; give 4 global latents or more")
+    z0 = torch.arange(latents).repeat_interleave(each)
+    last = clear_segments(process, (z0 + latents // 2) % latents, seed)
+    whole = torch.cat([clear_segments(process, z0[:, None].expand(-1, earlier), seed + 1).flatten(1), last], 1)
+    row, at = torch.arange(len(whole)), torch.full((len(whole),), whole.shape[1] - 2)
+    gold = predictive(process, whole)[:, -1].exp()
+    return Contexts(process, [], whole[:, :-1], z0, row, row, at, None), Prompts(last[:, :-1], gold, z0)
+
+
+def strongest_repair(runs: Ablations, kind: str) -> float:
+    """Correlation of compensation with the removed direct effect over sequences, for the `layer` or `head` that removes most.
+
+    It has the sign of the Hydra effect's slope, and stays within -1 and 1 where next to nothing is removed; 0 where nothing is.
+    It is chosen on every other sequence and scored on the rest. What the last layer writes is left out. UserError for a
+    model of one layer.
+    """
+    if runs.inside.layers < 2:
+        raise UserError("layers = 1: nothing comes after the only layer; give a deeper model")
+    heads = range(runs.inside.heads) if kind == "head" else (-1,)
+    found = [runs.ablate(kind, layer, head) for layer in range(runs.inside.layers - 1) for head in heads]
+    chosen = max(found, key=lambda one: float(one.removed[::2].mean()))
+    return float(torch.corrcoef(torch.stack([chosen.removed, chosen.compensation])[:, 1::2])[0, 1].nan_to_num(0.0))
+
+
+def mechanisms(model, shown: dict, question: Stimulus, contexts: Contexts, prompts: Prompts) -> pd.DataFrame:
+    """Hydra effect by layers and by heads, induction and function vector: DataFrame (metric, definition, value).
+
+    - corrected: `strongest_repair` of both kinds on `question`; the best head's attention to what followed a match, less what
+      positions explain, in shown["natural"]; by how many nats of KL the own context's attention output helps `prompts` more
+      than another latent's, in the best layer (function_vectors.layerwise).
+    - context itself: by how many nats the prompt's prediction is better in its context than alone.
+    - as released: the largest rise of the un-normed logit lens's current token (released.py); attention to the same token a
+      period before in shown["random repeat"]. The released prompts for function vectors need roles, which there are none of.
+    """
+    runs = Ablations(model, question)
+    scores = induction.measure(model, shown, 64).query("variant != 'head'").set_index(["stimulus", "score", "order"])
+    best, duplicate = scores.loc["natural", "induction", 0], scores.loc["random repeat", RELEASED, 1]
+    vectors = layerwise(model, contexts, {SAME: prompts}).set_index(["quantity", "vector", "layer"])
+    lens = measure_as_released(model, question.tokens[:64, : question.at[0] + 1], 1)
+    used = vectors.loc["KL", "zero-shot", -1]["value"] - vectors.loc["KL", "in context", -1]["value"]
+    rows = [("layer-wise Hydra", "corrected", strongest_repair(runs, "layer")),
+            ("head-wise Hydra", "corrected", strongest_repair(runs, "head")),
+            ("induction", "corrected", best["value"] - best["elsewhere"]),
+            ("function vector", "corrected", vectors.loc["KL", BEST, -1]["value"]), ("function vector", "context itself", used),
+            ("layer-wise Hydra", "as released", (lens.ablated - lens.clean).max()),
+            ("induction", "as released", duplicate["value"])]  # fmt: skip
+    return pd.DataFrame(rows, columns=["metric", "definition", "value"])

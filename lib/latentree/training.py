@@ -80,10 +80,10 @@ def train(config, process, held_out, folder, stream=None, device="auto", progres
     """Train a model on `process` in `folder`; start again after any interruption and it goes on, exactly.
 
     `held_out` is (sequences, context) tokens; `stream` gives batches of (rows, context) tokens, by default of
-    `process`; `device` is auto, cpu or cuda. Returns losses.csv: step, tokens, loss (nats a token, the mean since the
-    row before) and learning_rate. The folder also gets held_out.csv (step, tokens, loss, standard_error over
-    sequences), held_out_by_position.csv (step, position, loss of predicting the token after it), the checkpoints
-    step-*, and run_card.json. A finished training is not repeated.
+    `process`; `device` is auto, cpu or cuda; `progress` is whether to show it, or what is told instead (see Reporter).
+    Returns losses.csv: step, tokens, loss (nats a token, the mean since the row before) and learning_rate. The folder
+    also gets held_out.csv (step, tokens, loss, standard_error over sequences), held_out_by_position.csv (step, position,
+    loss of predicting the token after it), the checkpoints step-*, and run_card.json. A finished training is not repeated.
 
     UserError if the settings, data and folder do not fit together, if the loss stops being finite, or if the disk is
     full; the last good checkpoint and state stay.
@@ -132,8 +132,8 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
     checkpoints = set(checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log))
     log_every = max(1, config.steps // LOG_ROWS)
     window, started, saved = [], time.monotonic() - run.seconds, time.monotonic()
-    show = show and accelerator.is_main_process
-    report = Reporter(process.name, config.steps * batch_tokens, run.step * batch_tokens, "tokens", show)
+    shown = bool(show) and accelerator.is_main_process
+    report = show if callable(show) else Reporter(process.name, config.steps * batch_tokens, run.step * batch_tokens, "tokens", shown)
     if run.step == 0:
         record(run, config, accelerator, model, held_out, folder)
 

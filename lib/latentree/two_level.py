@@ -74,7 +74,8 @@ class TwoLevel:
         place = torch.arange(self.length, device=device)
         keys = counter.subkey(of_segment[..., None], 2 + place)
         tokens = torch.full_like(keys, self.cue)
-        tokens[..., : self.evidence] = _drawn(self.log_evidence, z1[..., None].expand_as(keys[..., : self.evidence]), keys[..., : self.evidence])
+        of_evidence = keys[..., : self.evidence]
+        tokens[..., : self.evidence] = _drawn(self.log_evidence, z1[..., None].expand_as(of_evidence), of_evidence)
         tokens[..., -1] = _drawn(self.log_query.flatten(0, 1), z0 * len(self.parent) + z1, keys[..., -1])
         document = torch.arange(len(ids), device=device).repeat_interleave(self.segments * self.length)
         fields = {"tokens": tokens, "segment": segment[:, None].expand_as(keys), "place": place.expand_as(keys),
@@ -86,6 +87,28 @@ class TwoLevel:
     def queries(self) -> torch.Tensor:
         """Positions of the query tokens (segment,)."""
         return torch.arange(1, self.segments + 1) * self.length - 1
+
+    @cached_property
+    def informations(self) -> dict[str, float]:
+        """Exact entropies H and mutual informations I in nats, of one segment of the hierarchical or matched flat process.
+
+        `query` is the query token, `evidence` one evidence token. A query depends jointly on both latents (assumption A2) if
+        what each tells beside the other is not 0.
+        """
+        joint = self.log_z0[:, None] + self.log_z1  # (z0, z1)
+        query = joint[..., None] + self.log_query  # (z0, z1, token)
+        evidence = joint[..., None] + self.log_evidence
+
+        def entropy(log_p, *gone):  # of what is left when axes are summed over
+            log_p = log_p.logsumexp(gone) if gone else log_p
+            return float(-torch.special.xlogy(log_p.exp(), log_p.exp()).sum())
+
+        z0, z1, both = entropy(joint, 1), entropy(joint, 0), entropy(joint)
+        return {"H(z0)": z0, "H(z1)": z1, "I(z0; z1)": z0 + z1 - both, "H(query)": entropy(query, 0, 1),
+                "I(query; z0)": z0 + entropy(query, 0, 1) - entropy(query, 1),
+                "I(query; z0 | z1)": both + entropy(query, 0) - z1 - entropy(query),
+                "I(query; z1 | z0)": both + entropy(query, 1) - z0 - entropy(query),
+                "I(evidence; z0)": z0 + entropy(evidence, 0, 1) - entropy(evidence, 1)}  # fmt: skip
 
     @cached_property
     def leak(self) -> torch.Tensor:
@@ -182,7 +205,8 @@ def enumerated(process: TwoLevel) -> tuple[torch.Tensor, torch.Tensor]:
     free, size = process.segments * (process.evidence + 1), len(process.parent)
     shared = process.kind == HIERARCHICAL
     latents = process.segments * (1 if shared else 2)
-    if process.cue**free > MOST_SEQUENCES or len(process.log_z0) ** (latents - process.segments + shared) * size**process.segments > MOST_SEQUENCES:
+    values = len(process.log_z0) ** (latents - process.segments + shared) * size**process.segments
+    if max(process.cue**free, values) > MOST_SEQUENCES:
         raise UserError(f"{process.name}: has {process.cue}^{free} sequences, too many to enumerate; give a smaller process")
     drawn = torch.cartesian_prod(*[torch.arange(process.cue)] * free).view(-1, process.segments, process.evidence + 1)
     tokens = torch.full((len(drawn), process.segments, process.length), process.cue)
@@ -207,32 +231,44 @@ def enumerated(process: TwoLevel) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.flatten(1), total
 
 
-def window_losses(process: TwoLevel, tokens: torch.Tensor, windows) -> torch.Tensor:
-    """Exact losses (window, sequence, segment), nats, of the query tokens for who sees only the last tokens before them.
+# ---------------------------------------------------------------------- sequences made for a question
 
-    `windows` are numbers of tokens; the position is known.
+
+def clear_segments(process: TwoLevel, z0: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Segments (*z0's shape, length) of the global latents z0, each with a local latent of its own: they say clearly which."""
+    draw = torch.Generator().manual_seed(seed)
+    z0 = torch.as_tensor(z0)
+    own = process.log_z1.exp() * (process.parent == torch.arange(len(process.log_z0))[:, None])
+
+    def drawn(rows, count):  # (sequence, count) from probabilities (sequence, outcome)
+        return torch.multinomial(rows, count, replacement=True, generator=draw)
+
+    latent = z0.flatten()
+    z1 = drawn(own[latent], 1)[:, 0]
+    tokens = torch.full((len(latent), process.length), process.cue)
+    tokens[:, : process.evidence] = drawn(process.log_evidence[z1].exp(), process.evidence)
+    tokens[:, -1:] = drawn(process.log_query[latent, z1].exp(), 1)
+    return tokens.view(*z0.shape, process.length)
+
+
+def contested(process: TwoLevel, count: int, distances, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences with one vote more for a side: tokens (distance, side, sequence, position) and latents (side, sequence).
+
+    Two global latents, the sides, have equally many clear segments before the last one, and the others as many or one less
+    (the third one more, if just one is left over); one more, of the side's latent, stands `distance` segments before the
+    last, which is of the third latent. The sequences of all distances and of both sides share all other segments, in the
+    same order. UserError for less than 3 latents, or a distance that is not there.
     """
-    at, count = process.queries, len(tokens)
-    repeated, place = tokens.repeat(len(at), 1), torch.arange(tokens.shape[1])
-    query = at.repeat_interleave(count)[:, None]
-    found = []
-    for window in windows:
-        log_p = predictive(process, repeated, place >= query - window)
-        row = torch.arange(len(repeated))
-        found.append(-log_p[row, query[:, 0], repeated[row, query[:, 0]]].view(len(at), count).T)
-    return torch.stack(found)
-
-
-def exchanged(process: TwoLevel, tokens: torch.Tensor, z0: torch.Tensor, distance: int, seed: int = 0) -> torch.Tensor:
-    """The tokens (sequence, position) with one segment, `distance` segments before the last, from another sequence.
-
-    It comes from the same segment of a sequence with another global latent, z0 (sequence,), drawn with `seed`; a sequence
-    for which there is none keeps its own.
-    """
-    other = (z0[:, None] != z0).double()
-    other[other.sum(1) == 0] = torch.eye(len(z0), dtype=torch.float64)[other.sum(1) == 0]
-    donor = torch.multinomial(other, 1, generator=torch.Generator().manual_seed(seed))[:, 0]
-    begin = (process.segments - 1 - distance) * process.length
-    new = tokens.clone()
-    new[:, begin : begin + process.length] = tokens[donor, begin : begin + process.length]
-    return new
+    latents, earlier = len(process.log_z0), process.segments - 1
+    if latents < 3 or not all(1 <= distance <= earlier for distance in distances):
+        raise UserError(f"distances = {list(distances)}: give some from 1 to {earlier}, in a process of 3 global latents or more")
+    draw = torch.Generator().manual_seed(seed)
+    named = torch.rand(count, latents, generator=draw).argsort(1)  # of each sequence: the two sides first, the last one's third
+    order = torch.rand(count, earlier - 1, generator=draw).argsort(1)
+    first = 2 if (earlier - 1) % latents == 1 else 0  # a single one that is left over must not be a side's
+    others = named.gather(1, (order + first) % latents)
+    rest, last = clear_segments(process, others, seed + 1), clear_segments(process, named[:, 2], seed + 2)
+    sides = [clear_segments(process, named[:, side], seed + 3) for side in (0, 1)]
+    whole = [torch.cat([rest[:, : earlier - d], one[:, None], rest[:, earlier - d :], last[:, None]], 1)
+             for d in distances for one in sides]  # fmt: skip
+    return torch.stack(whole).unflatten(0, (len(distances), 2)).flatten(-2), named[:, :2].T
