@@ -37,6 +37,10 @@ CLAIMS = {
                                        "latent-beyond-untrained-on") for name in ("bound", "released-small")},
     "07_olmo": {f"{series}-{claim}" for series in ("series", "olmo")
                 for claim in ("induction", "induction-head-matters", "function-vector", "hydra", "induction-as-released", "hydra-as-released")},
+    "08_theory_sanity_checks": {"theorem-1-window", "theorem-1-window-of-models", "theorem-1-long-memory-pays", "theorem-1-distance", "theorem-1-distance-used",
+                                "theorem-1-reuse", "theorem-1-reuse-anywhere", "rereads-raw-tokens", "theorem-3-specialisation", "theorem-4-hydra",
+                                "a2", "a5a", "a5b", "a5b-below-random", "a6", "a6-beyond-random"}
+    | {f"hierarchical-over-{flat}-{metric}" for flat in ("flat", "released-flat") for metric in ("layer-hydra", "head-hydra", "induction", "function-vector")},
 }
 
 
@@ -80,7 +84,8 @@ def test_results_are_measured_and_not_typed(smoke):
                         ("03", ("induction-on-pcfg", "induction-before-bound-words", "induction-heads-matter")),
                         ("04", ("fv-on-pcfg", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words")),
                         ("05", ("figure-4-on-pcfg", "hydra-more-than-flat")),
-                        ("06", ("legal-mass-saturates-early-on-bound", "near-the-ideal-reader-on-bound", "tree-beyond-position"))):
+                        ("06", ("legal-mass-saturates-early-on-bound", "near-the-ideal-reader-on-bound", "tree-beyond-position")),
+                        ("08", ("theorem-1-window-of-models", "theorem-1-distance-used", "rereads-raw-tokens"))):
         verdicts = verdicts_of(out / "results" / f"{number}.json")
         assert [verdicts[name] for name in ids] == ["not reproduced"] * len(ids)
     # a local series says nothing of the real one
