@@ -39,8 +39,8 @@ class FakeStream:
     def state_dict(self):
         return {"count": self.count}
 
-    def load_state_dict(self, state):
-        self.count = state["count"]
+    def load_state_dict(self, *states):
+        self.count = states[0]["count"]
 
 
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch_sequences": 4, "tokens": 64 * 24}
@@ -110,7 +110,7 @@ def test_training_learns(tmp_path):
     assert losses.loss.iloc[:5].mean() > 2.3 and losses.loss.iloc[-5:].mean() < 1.0
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"precision": "bf16"}, {"architecture": "gpt2", "schedule": "cosine"}])
+@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"precision": "bfloat16"}, {"architecture": "gpt2", "schedule": "cosine"}])
 def test_other_settings_train(tmp_path, settings):
     assert small(tmp_path, **settings, state_every_seconds=60.0).loss.notna().all()
 
@@ -242,7 +242,7 @@ BAD = [
     ({"batch_sequences": -4}, "batch_sequences = -4", "greater than 0"),
     ({"optimizer": "sgd"}, "optimizer = 'sgd'", "'adamw' or 'muon'"),
     ({"schedule": "step"}, "schedule = 'step'", "'linear' or 'cosine'"),
-    ({"precision": "fp16"}, "precision = 'fp16'", "'no' or 'bf16'"),
+    ({"precision": "fp16"}, "precision = 'fp16'", "'float32' or 'bfloat16'"),
     ({"learning_rate": "1e-3"}, "learning_rate = '1e-3'", "valid number"),
     ({"learning_rate": float("nan")}, "learning_rate = nan", "finite number"),
     ({"muon_learning_rate": 0.0}, "muon_learning_rate = 0.0", "greater than 0"),

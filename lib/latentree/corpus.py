@@ -116,13 +116,22 @@ class Stream:
         self._next += per_row
 
     def state_dict(self):
-        """What is needed to go on exactly here."""
-        return {"next": self._next, "buffer": self._buffer[:, self._used :].clone(), "lengths": self._lengths - self._used}
+        """What is needed to go on exactly here: how many documents each row has read, and what is left of them."""
+        left = [row[self._used : length].clone() for row, length in zip(self._buffer, self._lengths.tolist())]
+        return {"first_row": self.first_row, "next": self._next, "left": left}
 
-    def load_state_dict(self, state):
-        """Go on where the stream that gave `state` stood."""
-        self._next, self._used = state["next"], 0
-        self._buffer, self._lengths = state["buffer"].to(self.device), state["lengths"].to(self.device)
+    def load_state_dict(self, *states):
+        """Go on where the streams that gave `states` stood, together or this one alone: each row where it was."""
+        found = {state["first_row"] + i: (state["next"], row) for state in states for i, row in enumerate(state["left"])}
+        mine = [found[self.first_row + i] for i in range(self.rows)]
+        self._next, self._used = max(read for read, _ in mine), 0
+        lanes = []
+        for lane, (read, left) in enumerate(mine, self.first_row):  # rows of other processes may have read less
+            unread = lane + torch.arange(read, self._next) * self.total_rows
+            fresh = self.process.documents(document_id(self.process, unread), self.device, detail=False).tokens if len(unread) else left[:0]
+            lanes.append(torch.cat([left.to(self.device), fresh.to(self.device)]))
+        self._buffer = torch.nn.utils.rnn.pad_sequence(lanes, batch_first=True, padding_value=-1)
+        self._lengths = torch.tensor([len(lane) for lane in lanes], device=self.device)
         self._shortest = int(self._lengths.min())
 
 

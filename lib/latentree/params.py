@@ -54,7 +54,7 @@ LIMITS = {
     "muon_learning_rate": RATE,
 }
 LIMITS |= {name: (choices.__contains__, "one of " + ", ".join(choices)) for name, choices in CHOICES.items()}
-for name in "context width layers heads batch_sequences held_out_sequences checkpoints documents longest_distance sequences ablated_heads draws latents repetitions swept each sequences_at_end furthest deep_layers deep_tokens level_tokens tree_tokens longest probed maps count local_tokens toy_tokens memory_limit_gb download_limit_gb".split():
+for name in "context width layers heads batch_sequences micro_batches held_out_sequences checkpoints documents longest_distance sequences ablated_heads draws latents repetitions swept each sequences_at_end furthest deep_layers deep_tokens level_tokens tree_tokens longest probed maps count local_tokens toy_tokens memory_limit_gb download_limit_gb".split():
     LIMITS[name] = POSITIVE
 for name in "windows distances contrasts".split():
     LIMITS[name] = (lambda numbers: len(numbers) > 0 and min(numbers) > 0, "one number or more, each greater than 0")

@@ -51,18 +51,12 @@ def save_state(accelerator, stream, folder: Path, step: int) -> None:
 
 
 def load_state(accelerator, stream, folder: Path) -> None:
-    """Go on from the latest state in `folder`; start from the beginning if there is none."""
+    """Go on from the latest state in `folder`, of any number of processes; start from the beginning if there is none."""
     states = sorted(folder.glob("state-" + "[0-9]" * 8))
     if not states:
         return
-    places = len(list(states[-1].glob("stream-*.pt")))
-    if places != accelerator.num_processes:
-        raise UserError(
-            f"folder = {folder}: its state is of {places} processes, not {accelerator.num_processes}; start {places} "
-            f"processes, or name a new folder"
-        )
     accelerator.load_state(states[-1])
-    stream.load_state_dict(torch.load(states[-1] / f"stream-{accelerator.process_index}.pt"))
+    stream.load_state_dict(*(torch.load(place) for place in sorted(states[-1].glob("stream-*.pt"))))
 
 
 def remove_states(folder: Path, keep: Path | None = None) -> None:

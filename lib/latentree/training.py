@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +54,8 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     checkpoints_even: NonNegativeInt = 10
     checkpoints_log: NonNegativeInt = 10
     seed: NonNegativeInt = 0  # of the initial weights
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, the weights stay float32
+    micro_batches: PositiveInt = 1  # parts that a process's sequences of a step run in, one after the other: less memory
     state_every_seconds: NonNegativeFloat = 60.0  # at most so much is lost when killed; changes no result
 
     def __init__(self, **settings):
@@ -95,7 +97,8 @@ def train(config, process, held_out, folder, stream=None, device="auto", progres
         return pd.read_csv(folder / "losses.csv")
     # Accelerate remembers the first precision and device of a process; a notebook trains several models.
     AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", 1)) == 1)
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+    no_gpu = device == "cpu" or not torch.cuda.is_available()  # said to Accelerate, or it sees each of several processes as alone
+    accelerator = Accelerator(cpu=no_gpu, mixed_precision={"float32": "no", "bfloat16": "bf16"}[config.precision])
     rows, left = divmod(config.batch_sequences, accelerator.num_processes)
     if left:
         raise UserError(
@@ -143,14 +146,13 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
         tokens = stream.next_batch()
-        loss = next_token_losses(model(input_ids=tokens, use_cache=False).logits, tokens).mean()
-        accelerator.backward(loss)
+        loss = backward(accelerator, model, tokens.chunk(config.micro_batches))
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         run.step += 1
-        window.append(loss.detach())
+        window.append(loss)
         if run.step % log_every and run.step not in checkpoints:
             continue
 
@@ -178,6 +180,18 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
         write_text(folder / CARD, json.dumps(card, indent=1))
         remove_states(folder)
     accelerator.wait_for_everyone()
+
+
+def backward(accelerator, model, parts):
+    """Gradients of the mean loss over all of a step's `parts`, (rows, context) tokens each; processes meet at the last one."""
+    total = 0
+    for number, part in enumerate(parts, 1):
+        with nullcontext() if number == len(parts) else accelerator.no_sync(model):
+            share = len(part) / sum(map(len, parts))
+            loss = next_token_losses(model(input_ids=part, use_cache=False).logits, part).mean() * share
+            accelerator.backward(loss)
+        total = total + loss.detach()
+    return total
 
 
 @torch.no_grad()
