@@ -209,16 +209,20 @@ def test_at_the_embeddings_a_patch_is_another_text(shown):
     """What the stream is replaced by in layer 0 is what the donor's tokens would have written there."""
     (tokens, z0), model = shown, build_model("llama", 65, 3, 16, 2, 32, initializer_range=0.5).eval()
     table = reuse(model, PROCESS, tokens, z0, seed=4).set_index(["site", "layer"])
-    assert list(table.index) == [("none", 0), *[(site, layer) for site in ("queries", "evidence", "all") for layer in range(3)]]
-    place, donor = PLACES % 8, other_latent(z0, 4)
-    sites = {"none": place < 0, "queries": place == 7, "evidence": place < 6, "all": place >= 0}
+    assert list(table.index) == [("none", 0), *[(site, layer) for site in ("queries", "cues", "evidence", "all", "current") for layer in range(3)]]
+    place, donor, earlier = PLACES % 8, other_latent(z0, 4), PLACES < 24
+    sites = {"none": place < 0, "queries": earlier & (place == 7), "cues": earlier & (place == 6), "evidence": earlier & (place < 6),
+             "all": earlier, "current": ~earlier & (place < 6)}  # fmt: skip
     for site, at in sites.items():
-        given = torch.where(at & (PLACES < 24), tokens[donor], tokens)
+        given = torch.where(at, tokens[donor], tokens)
+        ideal = followed(z0, predictive(PROCESS, given)[:, -1], 4)[0]
+        assert table.loc[(site, 0), "exact"] == pytest.approx(float(ideal.double().mean()))
         with torch.no_grad():
             follows, mass = followed(z0, model(input_ids=given).logits[:, -2].double().log_softmax(-1), 4)
         assert table.loc[(site, 0), ["value", "low", "high"]].tolist() == pytest.approx(t_interval(follows.double()), abs=1e-9)
         assert table.loc[(site, 0), "mass"] == pytest.approx(float(mass.mean()), abs=1e-6)
-    assert table["mass"].nunique() == 10
+    assert table["exact"].isna().tolist() == [layer > 0 for _, layer in table.index]
+    assert table["mass"].nunique() == 15  # cues are alike before the first block: the clean run
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -288,7 +292,7 @@ def test_gradients_within_equal_spaces_agree_and_within_orthogonal_ones_do_not(s
 def test_curvature_is_that_of_the_final_norm_where_nothing_else_comes(shown):
     tokens, z0 = (x[:10] for x in shown)
     model = model_with(layers=1)
-    found = curvature(model, PROCESS, tokens, z0, 0, 1)
+    found = curvature(model, tokens, z0, 0, 1, size=0.5)
     with torch.no_grad():
         inside, stream = Internals(model), []
         model.model.norm.register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0][:, -2].clone()))
@@ -300,8 +304,8 @@ def test_curvature_is_that_of_the_final_norm_where_nothing_else_comes(shown):
             logits = model.lm_head(model.model.norm(stream[0] + step * u))
             return (logits[torch.arange(10), tokens[:, -1]] - logits.mean(-1)).double()
 
-        assert torch.allclose(found, target(1.0) - 2 * target(0.0) + target(-1.0), atol=1e-4)
-    random = curvature(model, PROCESS, tokens, z0, 0, 1, random=True)
+        assert torch.allclose(found, (target(0.5) - 2 * target(0.0) + target(-0.5)) * 4, atol=1e-3)
+    random = curvature(model, tokens, z0, 0, 1, random=True, size=0.5)
     assert random.shape == (10,) and not torch.allclose(random, found)
 
 

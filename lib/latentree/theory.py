@@ -22,7 +22,7 @@ from latentree.released import measure_as_released
 from latentree.resampling import Stimulus
 from latentree.statistics import ratio
 from latentree.stimuli import RELEASED
-from latentree.two_level import TwoLevel, clear_segments, contested, predictive
+from latentree.two_level import TwoLevel, clear_segments, contested, forgetting, predictive
 
 
 def floors(model, process: TwoLevel, tokens: torch.Tensor) -> pd.DataFrame:
@@ -62,19 +62,15 @@ def last_query(model, tokens, seen=None) -> torch.Tensor:
 def window_excess(model, process: TwoLevel, tokens: torch.Tensor, windows) -> pd.DataFrame:
     """What the last query token costs more when only the last tokens before it are seen: DataFrame (window, value, low, high, exact).
 
-    Nats, mean and 95 % over sequences, of the model (its attention masked) and of the exact predictor (who sums over what
-    it does not see); `windows` are numbers of tokens.
+    Nats, mean and 95 % over sequences, of the model (its attention masked) and of the exact predictor (two_level.forgetting);
+    `windows` are numbers of tokens.
     """
     last, place, rows = tokens[:, -1:], torch.arange(tokens.shape[1]), []
-
-    def told(window):
+    whole = last_query(model, tokens).gather(1, last)[:, 0]
+    for window, exact in zip(windows, forgetting(process, tokens, windows), strict=True):
         seen = (place >= tokens.shape[1] - 1 - window).expand(tokens.shape)
-        return last_query(model, tokens, seen).gather(1, last)[:, 0], predictive(process, tokens, seen)[:, -1].gather(1, last)[:, 0]
-
-    whole = told(tokens.shape[1])
-    for window in windows:
-        own, exact = (before - after for before, after in zip(whole, told(window), strict=True))
-        rows.append((window, *map(float, ratio(own, torch.ones_like(own))), float(exact.mean())))
+        lost = whole - last_query(model, tokens, seen).gather(1, last)[:, 0]
+        rows.append((window, *map(float, ratio(lost, torch.ones_like(lost))), float(exact.mean())))
     return pd.DataFrame(rows, columns=["window", "value", "low", "high", "exact"])
 
 
@@ -107,39 +103,47 @@ def other_latent(z0: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 @torch.no_grad()
 def reuse(model, process: TwoLevel, tokens, z0, seed: int = 0) -> pd.DataFrame:
-    """Whether the last query follows a global latent patched into the stream: DataFrame (site, layer, value, low, high, mass).
+    """Whether the last query follows a global latent patched into the stream.
 
-    The stream of a sequence with another z0 takes the place of the own one at a site, of earlier segments: their `queries`,
-    where the theorem's inferences would lie, their `evidence`, or `all` of their tokens. `layer` counts the blocks before
-    it: 0 is the embeddings, where all that earlier segments say is another's. What is followed at 0 and no more from a later
+    DataFrame (site, layer, value, low, high, mass, exact). The stream of a sequence with another z0 takes the place of the own
+    one at a site of the earlier segments: their `queries`, where the theorem's inferences would lie, their `cues`, their
+    `evidence`, or `all` of their tokens; or at the evidence of the `current` one, which may have read the others. `layer` counts
+    the blocks before it: 0 is the embeddings, as if the tokens were another's. What is followed at 0 and no more from a later
     layer on has been read before. value: the share of sequences whose prediction then gives more to the donor's block than
     to the own, 95 % over sequences; mass: the mean of p(donor's) / (p(donor's) + p(own)). Site `none` is the clean run.
     """
     donor, row = other_latent(z0, seed), torch.arange(len(tokens))
     place = torch.arange(tokens.shape[1] - process.length)
-    query = place % process.length == process.length - 1
-    sites = {"queries": place[query], "evidence": place[place % process.length < process.evidence], "all": place}
+    kind = place % process.length
+    sites = {"queries": place[kind == process.length - 1], "cues": place[kind == process.evidence],
+             "evidence": place[kind < process.evidence], "all": place, "current": len(place) + torch.arange(process.evidence)}  # fmt: skip
     traced = NNsight(model)
     inside = Internals(model, traced)
     given = tokens.to(model.device)
 
-    def follows(logits):
-        masses = block_masses(process, logits.double().log_softmax(-1).cpu())
+    def follows(log_p):
+        masses = block_masses(process, log_p)
         theirs, own = (masses[row, latent] for latent in (z0[donor], z0))
         return (theirs > own).double(), float((theirs / (theirs + own)).mean())
 
     with traced.trace(input_ids=given, use_cache=False):
         streams = [block.input for block in inside.blocks].save()
         clean = traced.output.logits[:, -2].save()
-    found = {("none", 0): follows(clean)}
+    found = {("none", 0): clean}
+    exact = {"none": predictive(process, tokens)[:, -1]}
     for site, at in sites.items():
+        exact[site] = predictive(process, tokens.index_copy(1, at, tokens[donor][:, at]))[:, -1]
         for layer, stream in enumerate(streams):
             with traced.trace(input_ids=given, use_cache=False):
                 inside.blocks[layer].input[:, at] = stream[donor][:, at]
                 logits = traced.output.logits[:, -2].save()
-            found[site, layer] = follows(logits)
-    rows = [(*key, *map(float, ratio(values, torch.ones_like(values))), mass) for key, (values, mass) in found.items()]
-    return pd.DataFrame(rows, columns=["site", "layer", "value", "low", "high", "mass"])
+            found[site, layer] = logits
+    rows = []
+    for (site, layer), logits in found.items():
+        values, mass = follows(logits.double().log_softmax(-1).cpu())
+        ideal = float(follows(exact[site])[0].mean()) if layer == 0 else float("nan")
+        rows.append((site, layer, *map(float, ratio(values, torch.ones_like(values))), mass, ideal))
+    return pd.DataFrame(rows, columns=["site", "layer", "value", "low", "high", "mass", "exact"])
 
 
 @torch.no_grad()
@@ -238,12 +242,12 @@ def gradient_cosines(model, tokens) -> torch.Tensor:
 
 
 @torch.no_grad()
-def curvature(model, process: TwoLevel, tokens, z0, layer: int, head: int, seed: int = 0, random: bool = False) -> torch.Tensor:
-    """A6: u'Hu of the true last query token's log-odds of its block along a redundant direction u of a head: (sequence,).
+def curvature(model, tokens, z0, layer: int, head: int, seed: int = 0, random: bool = False, size: float = 0.1) -> torch.Tensor:
+    """A6: u'Hu of the last query's true logit along a redundant direction u of a head, logits: (sequence,).
 
     u is how the head's contribution at the last cue differs from that in a sequence with another z0 (or, `random`, a
     direction as long); H is the Hessian of the logit of the true token minus the mean of all, in the stream after the
-    layer's attention, by a second difference of steps u and -u. Negative is concave.
+    layer's attention, by a second difference of steps of `size` u. Negative is concave.
     """
     inside, given = Internals(model), tokens.to(model.device)
     traced = NNsight(model)
@@ -261,7 +265,7 @@ def curvature(model, process: TwoLevel, tokens, z0, layer: int, head: int, seed:
             logits = traced.output.logits[:, -2].save()
         return (logits[torch.arange(len(given)), given[:, -1]] - logits.mean(-1)).double()
 
-    return (target(1.0) - 2 * target(0.0) + target(-1.0)).cpu()
+    return (target(size) - 2 * target(0.0) + target(-size)).cpu() / size**2
 
 
 # ---------------------------------------------------------------------- the mechanisms of the paper's toy experiment

@@ -231,6 +231,17 @@ def enumerated(process: TwoLevel) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.flatten(1), total
 
 
+def forgetting(process: TwoLevel, tokens: torch.Tensor, windows) -> torch.Tensor:
+    """What the exact predictor loses on the last query token when it sees only the last tokens before it: (window, sequence).
+
+    Nats above its loss when it sees all; `windows` are numbers of tokens. The position is known.
+    """
+    place, length = torch.arange(tokens.shape[1]), tokens.shape[1]
+    told = [predictive(process, tokens, (place >= length - 1 - window).expand(tokens.shape))[:, -1] for window in (length, *windows)]
+    whole, *cut = (log_p.gather(1, tokens[:, -1:])[:, 0] for log_p in told)
+    return torch.stack([whole - one for one in cut])
+
+
 # ---------------------------------------------------------------------- sequences made for a question
 
 
