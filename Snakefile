@@ -10,6 +10,7 @@ either NN_name.ipynb or NN_name.failed.ipynb.
 import sys
 from pathlib import Path
 
+from latentree.files import read_yaml
 from latentree.run import output_folder
 
 # notebook: the notebooks that must be executed before it
@@ -26,8 +27,14 @@ NOTEBOOKS = {
 LIGHT = {"01_grammar_design"}  # one thread is enough; the others take two
 
 PROFILE = config.get("profile", "laptop")
+GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # for each job
 OUT = output_folder(PROFILE).as_posix()
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
+
+
+# With GPUs each training of notebook 02 is a job of its own, so that a cluster runs them in parallel; 02 finds them finished.
+TRAINED = read_yaml(f"params/{PROFILE}/02_training.yaml") if GPUS else {"corpora": [], "seeds": []}
+CARD = f"{OUT}/checkpoints/{{corpus}}/seed-{{seed}}/run_card.json"
 
 
 def stamp(name):
@@ -44,6 +51,22 @@ rule all:
     default_target: True
 
 
+rule train:
+    input:
+        params=f"params/{PROFILE}/02_training.yaml",
+        others=sorted(map(str, Path("params/grammars").glob("*.yaml"))),
+    output:
+        CARD,
+    threads: 8
+    resources:
+        gpu=GPUS,
+    params:
+        launch=f"{sys.executable} -m" + (f" accelerate.commands.launch --num_processes {GPUS} -m" if GPUS > 1 else ""),
+        out=OUT,
+    shell:
+        "{params.launch} latentree.launch --params {input.params:q} --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
+
+
 for name, after in HERE.items():
 
     rule:
@@ -51,6 +74,7 @@ for name, after in HERE.items():
             name
         input:
             after=[stamp(other) for other in after],
+            trained=expand(CARD, corpus=TRAINED["corpora"], seed=TRAINED["seeds"]) if name == "02_training" else [],
             notebook=f"notebooks/{name}.ipynb",
             params=f"params/{PROFILE}/{name}.yaml",
             others=sorted(map(str, [*Path("params/grammars").glob("*.yaml"), *Path("lib/latentree").glob("**/*.py")])),
@@ -58,6 +82,8 @@ for name, after in HERE.items():
             result=result(name),
             stamp=touch(stamp(name)),
         threads: 1 if name in LIGHT else 2
+        resources:
+            gpu=0 if name in LIGHT else min(GPUS, 1),
         priority: -list(HERE).index(name)
         params:
             python=sys.executable,

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from latentree.checkpoints import LocalSeries
@@ -32,7 +33,7 @@ def launched(folder, processes, **changes):
     """What accelerate launch starts on several GPUs, on CPUs."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "latentree.launch"]
     line += params(folder, **changes)
-    return subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
 
 def losses(folder):
@@ -61,7 +62,8 @@ def test_what_two_processes_began_one_finishes(alone, tmp_path):
     while not any(int(state.name[6:]) >= 3 for state in folder.glob("state-*")):
         assert two.poll() is None, two.stderr.read()[-2000:]
         time.sleep(0.01)
-    os.killpg(two.pid, 9)
+    for process in [*psutil.Process(two.pid).children(recursive=True), psutil.Process(two.pid)]:
+        process.kill()
     two.wait()
     assert not (folder / CARD).exists()
     assert main(params(tmp_path)) == 0
@@ -105,6 +107,14 @@ def test_the_notebook_finds_what_was_launched(alone):
     before = (folder / CARD).stat().st_mtime_ns
     train_all(jobs, progress=False)
     assert (folder / CARD).stat().st_mtime_ns == before and len(LocalSeries(folder).steps) >= 4
+
+
+def test_one_of_several_trainings_is_launched(tmp_path, capsys):
+    given = params(tmp_path, corpora=["bound", "bound-flat"], tokens=[512, 512], seeds=[0, 1])
+    assert main([*given, "--corpus", "bound-flat", "--seed", "1"]) == 0
+    assert [str(card.parent.relative_to(tmp_path / "checkpoints")) for card in tmp_path.rglob(CARD)] == ["bound-flat/seed-1"]
+    assert main([*given, "--corpus", "bound", "--seed", "7"]) == 2
+    assert "--corpus bound --seed 7: not in params.yaml; its corpora are bound, bound-flat, its seeds [0, 1]" in capsys.readouterr().err
 
 
 def test_bad_parameters_are_told_in_one_line(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Snakemake executes every notebook of a fresh clone once, in order, and goes on after a failure or a kill."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,3 +71,19 @@ def test_killed_in_the_middle_and_started_again_it_finishes(project):
     assert ran.returncode == 0, ran.stderr
     assert SECOND in ran.stdout and FIRST not in ran.stdout
     assert sorted(path.name for path in (folder_of(root) / "results").iterdir()) == ["01.json", "02.json"]
+
+
+def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tmp_path):
+    talkative = [text for text in (ROOT / "profiles/slurm/config.yaml").read_text().splitlines() if not text.startswith("quiet")]
+    (tmp_path / "config.yaml").write_text("\n".join(talkative))
+    line = [sys.executable, "-m", "snakemake", "--profile", str(tmp_path), "--dry-run", "--printshellcmds", "--config", "profile=gpu", "gpus=2"]
+    planned = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert planned.returncode == 0, planned.stderr
+    told = planned.stdout + planned.stderr
+    trainings = re.findall(r"rule train:.*?wildcards: corpus=([\w-]+), seed=(\d)\n.*?resources: ([^\n]*)", told, re.DOTALL)
+    assert len(trainings) == 21 and len(set(trainings)) == 21
+    assert all("gpu=2" in needs and "slurm_partition=gpu" in needs and "runtime=240" in needs for *_, needs in trainings)
+    assert told.count("accelerate.commands.launch --num_processes 2 -m latentree.launch") == 21
+    notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told).group(1)
+    assert notebook.count("run_card.json") == 21
+    assert len(re.findall(r"rule 0[1-8]_\w+:", told)) == 8

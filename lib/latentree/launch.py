@@ -37,12 +37,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="accelerate launch -m latentree.launch", description=__doc__)
     parser.add_argument("--params", type=Path, required=True, help="YAML file with notebook 02's parameters")
     parser.add_argument("--out", required=True, help="folder for the checkpoints, as in notebook 02")
+    parser.add_argument("--corpus", help="only this one of the corpora")
+    parser.add_argument("--seed", type=int, help="only this one of the seeds")
     given = parser.parse_args(arguments)
     try:
         declarations = declared(project_root() / NOTEBOOK)
         values = {name: declaration.default for name, declaration in declarations.items()}
         parameters = values | check(load(given.params), declarations) | {"out": given.out}
-        jobs = jobs_of(parameters)
+        jobs = {folder: job for folder, job in jobs_of(parameters).items()
+                if given.corpus in (None, folder.parent.name) and given.seed in (None, job[0].seed)}  # fmt: skip
+        if not jobs:
+            raise UserError(f"--corpus {given.corpus} --seed {given.seed}: not in {given.params.name}; its corpora are "
+                            f"{', '.join(parameters['corpora'])}, its seeds {parameters['seeds']}")  # fmt: skip
         for folder, job in jobs.items():
             check_run(*job, folder, parameters["device"])
         for folder, job in jobs.items():

@@ -31,7 +31,7 @@ TYPES = {
 }
 
 CHOICES = {
-    "profile": ["smoke", "laptop", "gpu", "paper"],
+    "profile": ["smoke", "laptop", "gpu", "paper", "paper-muon"],
     "optimizer": ["adamw", "muon"],
     "schedule": ["linear", "cosine"],
     "device": ["auto", "cpu", "cuda"],
