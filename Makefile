@@ -1,5 +1,6 @@
 # make run      executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/
 # make test     runs all tests
+# make report   writes the table of all claims of the profile's run into README.md, and claims.csv beside its results
 # make bench    times the main steps on this machine
 PYTHON ?= python3
 PROFILE ?= laptop
@@ -10,8 +11,11 @@ run: .venv/.installed
 test: .venv/.installed
 	.venv/bin/python -m pytest -n 2
 
+report: .venv/.installed
+	.venv/bin/python -m latentree.report $$(.venv/bin/python -m latentree.run --folder-of $(PROFILE))
+
 bench: .venv/.installed
-	.venv/bin/python -m latentree.bench
+	.venv/bin/python bench/speed.py
 
 # The first attempt needs no network and does if all packages are there already; the second fetches what is missing.
 .venv/.installed: pyproject.toml constraints.txt
@@ -20,4 +24,4 @@ bench: .venv/.installed
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $@
 
-.PHONY: run test bench
+.PHONY: run test report bench

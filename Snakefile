@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from latentree.files import read_yaml
-from latentree.run import output_folder
+from latentree.run import output_folder, summary
 
 # notebook: the notebooks that must be executed before it
 NOTEBOOKS = {
@@ -24,10 +24,12 @@ NOTEBOOKS = {
     "07_olmo": ["03_induction_heads", "04_function_vectors", "05_hydra_effect"],
     "08_theory_sanity_checks": [],
 }
-LIGHT = {"01_grammar_design"}  # one thread is enough; the others take two
+LIGHT = {"01_grammar_design"}  # needs no GPU
+FIRST = ["01", "02", "06", "03", "04", "05", "08", "07"]  # started in this order: the longest early, so that others fill the other cores
 
 PROFILE = config.get("profile", "laptop")
 GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # for each job
+CORES = workflow.cores or 2  # a cluster does not say how many it has
 OUT = output_folder(PROFILE).as_posix()
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
@@ -43,6 +45,18 @@ def stamp(name):
 
 def result(name):
     return f"{OUT}/results/{name.split('_')[0]}.json"
+
+
+def tell():
+    print(*summary(Path(OUT), {name: Path(stamp(name)).exists() for name in HERE}), sep="\n", file=sys.stderr)
+
+
+onsuccess:
+    tell()
+
+
+onerror:
+    tell()
 
 
 rule all:
@@ -81,10 +95,11 @@ for name, after in HERE.items():
         output:
             result=result(name),
             stamp=touch(stamp(name)),
-        threads: 1 if name in LIGHT else 2
+        # 02 trains many models side by side; of the others as many as fit run side by side themselves
+        threads: CORES if name == "02_training" else max(1, CORES // 2)
         resources:
             gpu=0 if name in LIGHT else min(GPUS, 1),
-        priority: -list(HERE).index(name)
+        priority: -FIRST.index(name[:2])
         params:
             python=sys.executable,
             out=OUT,

@@ -3,11 +3,11 @@ import pytest
 import torch
 from circuit_models import CONTEXT, VOCABULARY, repair_model
 from grammars import RECURSIVE, make
+from speed import counted
 from test_internals import MODELS, SIZES, random_model
 
 from latentree.corpus import held_out
 from latentree.errors import UserError
-from latentree.bench import counted
 from latentree.hydra import COLUMNS, WAYS, Ablations, measure, most_repaired
 from latentree.internals import Internals, norm_gain, norm_scale, weight
 from latentree.model import build_model

@@ -100,6 +100,17 @@ def test_micro_batches_change_the_memory_and_not_the_training(tmp_path):
     assert np.abs(found[0].loss - found[1].loss).max() < 1e-5
 
 
+def test_a_compiled_model_trains_alike_and_its_checkpoints_load(alone, tmp_path, monkeypatch):
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))  # needs no compiler
+    assert main(params(tmp_path, compiled=True)) == 0
+    assert np.abs(losses(alone).loss - losses(tmp_path).loss).max() < 1e-5
+    series = LocalSeries(tmp_path / "checkpoints" / "bound" / "seed-0")
+    other = LocalSeries(alone / "checkpoints" / "bound" / "seed-0")
+    pair = [one.load(one.steps[-1]).state_dict() for one in (series, other)]
+    assert pair[0].keys() == pair[1].keys() and all((pair[0][name] - pair[1][name]).abs().max() < 1e-3 for name in pair[0])
+
+
 def test_the_notebook_finds_what_was_launched(alone):
     values = {name: one.default for name, one in declared("notebooks/02_training.ipynb").items()}
     jobs = jobs_of(values | TINY | {"out": str(alone)})

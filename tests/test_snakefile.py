@@ -58,6 +58,9 @@ def test_a_failure_keeps_the_failed_notebook_and_goes_on_with_the_others(project
     out = folder_of(root)
     ran = snakemake(root)
     assert ran.returncode != 0 and f"error: {FIRST}: In [4]" in ran.stderr
+    told = ran.stderr.splitlines()  # at the end, one line each
+    assert any(re.fullmatch(rf"{FIRST}: FAILED: In \[4\].*ValueError: broken; see .*{FIRST}.failed.ipynb", line) for line in told)
+    assert any(re.fullmatch(rf"{SECOND}: done in \d\.\d min, \d\.\d GB", line) for line in told)
     assert (out / f"{FIRST}.failed.ipynb").exists() and not (out / f"{FIRST}.ipynb").exists()
     assert sorted(path.name for path in (out / "results").iterdir()) == ["02.json"]
 

@@ -6,6 +6,8 @@ from scipy.sparse import csr_matrix
 
 from latentree.errors import UserError
 
+LARGEST_JOINT = 4.0  # gigabytes
+
 
 def estimated(documents, distances, labels):
     """Mutual information of tokens d apart in the same document, corrected for bias: (distances,).
@@ -106,12 +108,14 @@ def _equal(grammar, shape, a, other, b):
 def exact_chain(chain, distances, labels):
     """Exact mutual information of tokens d apart in a stationary order-n chain (ngrams.Chain): (distances,).
 
-    `labels` as in `estimated`.
+    `labels` as in `estimated`. UserError if the joint of a token and a context takes more than LARGEST_JOINT gigabytes.
     """
     size = chain.vocabulary_size
     context, nexts = chain.grams // size, chain.grams % size
     following = context % size ** (chain.order - 1) * size + nexts
     known, start = torch.unique(context, return_inverse=True)
+    if (needed := 8e-9 * size * len(known)) > LARGEST_JOINT:
+        raise UserError(f"{chain.name}: {size} tokens and {len(known):,} contexts take {needed:.0f} GB; choose a corpus of fewer tokens")
     target = torch.searchsorted(known, following)
     counts = torch.bincount(start, minlength=len(known)).double()
     step = csr_matrix((1 / counts[start].numpy(), (start.numpy(), target.numpy())), shape=(len(known),) * 2)

@@ -16,7 +16,7 @@ from latentree.training import TrainingConfig, check_run, train
 
 NOTEBOOK = "notebooks/02_training.ipynb"
 SETTINGS = ("architecture layers width heads context batch_sequences micro_batches optimizer learning_rate muon_learning_rate "
-            "schedule precision").split()  # fmt: skip
+            "schedule precision compiled").split()  # fmt: skip
 
 
 def jobs_of(parameters: dict) -> dict:

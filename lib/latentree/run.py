@@ -29,6 +29,7 @@ from latentree.record import NOTED, describe, output_folder, version_of, without
 
 BAD_INPUT, CELL_ERROR, DEAD_KERNEL, TIMED_OUT, BUSY, NO_RESULT = 2, 3, 4, 5, 6, 7
 SIGNALLED = 128  # plus the signal's number, as a shell has it
+FAILURE = ".{}.failure"  # why a notebook failed last, until it has been executed
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_TO_SAVE = 8  # for papermill to notice that its kernel is gone and save the notebook
@@ -57,8 +58,8 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
         finished, failed, partial = (
             folder / name.format(notebook.stem) for name in ("{}.ipynb", "{}.failed.ipynb", ".{}.partial.ipynb")
         )
-        noted = folder / NOTED.format(notebook.stem)
-        for stale in (result, finished, partial, noted):
+        noted, failure_told = (folder / name.format(notebook.stem) for name in (NOTED, FAILURE))
+        for stale in (result, finished, partial, noted, failure_told):
             stale.unlink(missing_ok=True)
         entry = describe({name: declaration.default for name, declaration in declarations.items()} | values, folder)
         start = time.monotonic()
@@ -70,13 +71,30 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
             publish(partial if readable(partial) else notebook, failed, folder)
             partial.unlink(missing_ok=True)
             code, message = failure.args
-            raise Failure(code, f"{notebook.stem}: {message}; see {without_machine(str(failed), folder)}") from None
+            message = f"{message}; see {without_machine(str(failed), folder)}"
+            write_text(failure_told, message)
+            raise Failure(code, f"{notebook.stem}: {message}") from None
         entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
         entry |= without_machine(json.loads(noted.read_text(encoding="utf-8")), folder) if noted.exists() else {}
         write_record(folder, profile, version, notebook.stem, entry)
         publish(partial, finished, folder)
         for leftover in (partial, failed, noted):
             leftover.unlink(missing_ok=True)
+
+
+def summary(folder: Path, executed: dict[str, bool]) -> list[str]:
+    """One line for each notebook {name: whether it was executed}: what it took, or why it failed and where to look."""
+    file, lines = folder / "run.json", []
+    entries = json.loads(file.read_text(encoding="utf-8"))["notebooks"] if file.exists() else {}
+    for name in executed:
+        failure, took = folder / FAILURE.format(name), entries.get(name, {})
+        if failure.exists():
+            lines.append(f"{name}: FAILED: {failure.read_text(encoding='utf-8')}")
+        elif executed[name] and took:
+            lines.append(f"{name}: done in {took['wall_seconds'] / 60:.1f} min, {took['peak_memory_gb']:.1f} GB")
+        else:
+            lines.append(f"{name}: not executed")
+    return lines
 
 
 @contextlib.contextmanager

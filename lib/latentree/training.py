@@ -56,6 +56,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     seed: NonNegativeInt = 0  # of the initial weights
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, the weights stay float32
     micro_batches: PositiveInt = 1  # parts that a process's sequences of a step run in, one after the other: less memory
+    compiled: bool = False  # the model by torch.compile: faster on a GPU, after a minute; changes rounding only
     state_every_seconds: NonNegativeFloat = 60.0  # at most so much is lost when killed; changes no result
 
     def __init__(self, **settings):
@@ -126,6 +127,7 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
     model = build_model(vocabulary_size=process.vocabulary_size, seed=config.seed, end=process.end, **config.sizes())
     parameters = parameter_count(model)
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
+    forward = torch.compile(model) if config.compiled else model
     held_out = held_out.to(accelerator.device)
     run = Progress()
     accelerator.register_for_checkpointing(run)
@@ -145,8 +147,7 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-        tokens = stream.next_batch()
-        loss = backward(accelerator, model, tokens.chunk(config.micro_batches))
+        loss = backward(accelerator, model, forward, stream.next_batch().chunk(config.micro_batches))
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -182,13 +183,16 @@ def loop(config, process, held_out, folder, stream, accelerator, show):
     accelerator.wait_for_everyone()
 
 
-def backward(accelerator, model, parts):
-    """Gradients of the mean loss over all of a step's `parts`, (rows, context) tokens each; processes meet at the last one."""
+def backward(accelerator, model, forward, parts):
+    """Gradients of the mean loss over all of a step's `parts`, (rows, context) tokens each; processes meet at the last one.
+
+    `forward` is the `model`, or what torch.compile made of it. Returns the loss, on the device.
+    """
     total = 0
     for number, part in enumerate(parts, 1):
         with nullcontext() if number == len(parts) else accelerator.no_sync(model):
             share = len(part) / sum(map(len, parts))
-            loss = next_token_losses(model(input_ids=part, use_cache=False).logits, part).mean() * share
+            loss = next_token_losses(forward(input_ids=part, use_cache=False).logits, part).mean() * share
             accelerator.backward(loss)
         total = total + loss.detach()
     return total
@@ -253,6 +257,6 @@ def check_run(config, process, held_out, folder, device) -> dict:
         )
     identity = {"corpus": process.name, "vocabulary_size": process.vocabulary_size, "end": process.end}
     identity |= {"held_out": hashlib.sha256(held_out.cpu().long().numpy().tobytes()).hexdigest()[:16]}
-    identity |= config.model_dump(exclude={"state_every_seconds"})
+    identity |= config.model_dump(exclude={"state_every_seconds", "compiled"})
     check_folder(folder, identity)
     return identity

@@ -1,0 +1,69 @@
+"""All claims of a run in one table: python -m latentree.report FOLDER writes claims.csv there and the table into README.md.
+
+The README has it between two markers, with the run's time and memory beside it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from latentree.errors import UserError
+from latentree.files import write_text
+from latentree.record import project_root
+
+BEGIN, END = "<!-- claims: written by make report -->", "<!-- end of claims -->"
+
+
+def claims_of(folder: Path) -> pd.DataFrame:
+    """The claims of a run, one row each, in the order of the notebooks. UserError if the folder has no results."""
+    files = sorted((folder / "results").glob("*.json"))
+    if not files:
+        raise UserError(f"{folder}: has no results/*.json; name the folder of a finished run")
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    rows = [{"notebook": result["notebook"]} | claim for result in results for claim in result["claims"]]
+    table = pd.DataFrame(rows)
+    return table.assign(seeds=table.seeds.map(len)).rename(columns={"id": "claim"})
+
+
+def number(value) -> str:
+    """A value to three digits; nothing for none."""
+    return "" if value is None or pd.isna(value) else f"{value:.3g}"
+
+
+def as_markdown(folder: Path) -> str:
+    """Verdicts by notebook with what the run took, then every claim."""
+    claims, record = claims_of(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))["notebooks"]
+    counts = pd.crosstab(claims.notebook, claims.verdict)
+    took = pd.DataFrame({name: {"minutes": entry["wall_seconds"] / 60, "peak memory (GB)": entry["peak_memory_gb"]} for name, entry in record.items()}).T
+    summary = counts.join(took.round(1))
+    summary.loc["all"] = [*counts.sum(), took.minutes.sum().round(1), took["peak memory (GB)"].max().round(1)]
+    summary[counts.columns] = summary[counts.columns].astype(int)
+    shown = claims.assign(value=[f"{number(c.value)} [{number(c.low)}, {number(c.high)}]" if number(c.value) else "" for c in claims.itertuples()],
+                          null=claims.null.map(number), notebook=claims.notebook.str[:2])  # fmt: skip
+    shown = shown[["notebook", "claim", "source", "definition", "statement", "corpus", "value", "null", "seeds", "verdict"]]
+    processor = next(iter(record.values()))["device"]
+    where = f"{processor['threads']} threads of {processor['cpu']}" + "".join(f", {gpu}" for gpu in processor["gpus"])
+    return "\n\n".join([f"Run on {where}; with 95 % intervals.", summary.rename_axis("notebook").to_markdown(),
+                        f"<details><summary>All {len(claims)} claims</summary>", shown.to_markdown(index=False), "</details>"])  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if len(arguments) != 1:
+            raise UserError("usage: python -m latentree.report FOLDER, the folder of a finished run")
+        folder, readme = Path(arguments[0]), project_root() / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        if BEGIN not in text or END not in text:
+            raise UserError(f"README.md: has no lines {BEGIN} and {END}; put them where the table shall be")
+        claims_of(folder).to_csv(folder / "claims.csv", index=False)
+        write_text(readme, f"{text.split(BEGIN)[0]}{BEGIN}\n\n{as_markdown(folder)}\n\n{END}{text.split(END)[1]}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
