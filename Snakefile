@@ -95,8 +95,8 @@ for name, after in HERE.items():
         output:
             result=result(name),
             stamp=touch(stamp(name)),
-        # 02 trains many models side by side; of the others as many as fit run side by side themselves
-        threads: CORES if name == "02_training" else max(1, CORES // 2)
+        # 02 trains many models side by side, and nothing may hold a core that it waits for; the others run side by side
+        threads: CORES if name[:2] in ("01", "02") else max(1, CORES // 2)
         resources:
             gpu=0 if name in LIGHT else min(GPUS, 1),
         priority: -FIRST.index(name[:2])
