@@ -46,10 +46,10 @@ def save(figure, out, name):
 
 
 def save_table(table, out, name):
-    """Write a DataFrame to out/tables/name.csv."""
+    """Write a DataFrame to out/tables/name.csv, numbers to six digits."""
     folder = Path(out) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False)
+    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
 
 
 def draw_tree(tree, ax, words=None):

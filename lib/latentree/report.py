@@ -36,12 +36,14 @@ def as_markdown(folder: Path) -> str:
     """Verdicts by notebook with what the run took, then every claim."""
     claims, record = claims_of(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))["notebooks"]
     counts = pd.crosstab(claims.notebook, claims.verdict)
-    took = pd.DataFrame({name: {"minutes": entry["wall_seconds"] / 60, "peak memory (GB)": entry["peak_memory_gb"]} for name, entry in record.items()}).T
+    took = pd.DataFrame({name: {"minutes": entry["wall_seconds"] / 60, "peak memory (GB)": entry["peak_memory_gb"]}
+                         for name, entry in record.items()}).T  # fmt: skip
     summary = counts.join(took.round(1))
     summary.loc["all"] = [*counts.sum(), took.minutes.sum().round(1), took["peak memory (GB)"].max().round(1)]
     summary[counts.columns] = summary[counts.columns].astype(int)
-    shown = claims.assign(value=[f"{number(c.value)} [{number(c.low)}, {number(c.high)}]" if number(c.value) else "" for c in claims.itertuples()],
-                          null=claims.null.map(number), notebook=claims.notebook.str[:2])  # fmt: skip
+    intervals = [f"{number(c.value)} [{number(c.low)}, {number(c.high)}]" if number(c.value) else "" for c in claims.itertuples()]
+    shown = claims.assign(value=intervals, null=claims.null.map(number), notebook=claims.notebook.str[:2])
+    shown = shown.replace({r"\|": r"\\|"}, regex=True)  # inside a table's cell
     shown = shown[["notebook", "claim", "source", "definition", "statement", "corpus", "value", "null", "seeds", "verdict"]]
     processor = next(iter(record.values()))["device"]
     where = f"{processor['threads']} threads of {processor['cpu']}" + "".join(f", {gpu}" for gpu in processor["gpus"])
