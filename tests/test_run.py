@@ -30,7 +30,8 @@ def one_line(text: str) -> str:
 def assert_failed(root: Path, name: str = NAME):
     """The folder holds the failed notebook, and neither a result nor anything half-written."""
     left = {path.relative_to(root / "out").as_posix() for path in (root / "out").rglob("*") if path.is_file()}
-    assert left <= {f"{name}.failed.ipynb", f".{name}.lock", ".run.lock", "run.json"}
+    assert left <= {f"{name}.failed.ipynb", f".{name}.failure", f".{name}.lock", ".run.lock", "run.json"}
+    assert (root / "out" / f".{name}.failure").read_text().endswith(f"{name}.failed.ipynb")
     nbformat.validate(nbformat.read(root / "out" / f"{name}.failed.ipynb", as_version=4))
 
 

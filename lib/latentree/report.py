@@ -47,8 +47,9 @@ def as_markdown(folder: Path) -> str:
     shown = shown[["notebook", "claim", "source", "definition", "statement", "corpus", "value", "null", "seeds", "verdict"]]
     processor = next(iter(record.values()))["device"]
     where = f"{processor['threads']} threads of {processor['cpu']}" + "".join(f", {gpu}" for gpu in processor["gpus"])
+    every = shown.to_markdown(index=False, disable_numparse=True)  # "01" is no number
     return "\n\n".join([f"Run on {where}; with 95 % intervals.", summary.rename_axis("notebook").to_markdown(),
-                        f"<details><summary>All {len(claims)} claims</summary>", shown.to_markdown(index=False), "</details>"])  # fmt: skip
+                        f"<details><summary>All {len(claims)} claims</summary>", every, "</details>"])  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
