@@ -45,7 +45,7 @@ def train_all(jobs: dict, device: str = "auto", progress: bool = True) -> None:
         futures = [pool.submit(train_one, *jobs[folder], folder, number) for number, folder in enumerate(left)]
         while wait(futures, SECONDS_BETWEEN_LOOKS).not_done:
             report(sum(done), f"{sum(future.done() for future in futures)} of {len(left)} trained")
-    report(sum(done), "all trained")
+    report(sum(done), f"{sum(future.exception() is None for future in futures)} of {len(left)} trained")
     report.close()
     try:
         for future in futures:
