@@ -41,14 +41,13 @@ def test_side_by_side_or_alone_the_models_are_the_same(tmp_path, capfd):
     assert before == {folder: (folder / CARD).stat().st_mtime_ns for folder in jobs}
 
 
-def test_one_that_fails_does_not_stop_the_other(tmp_path, capfd):
+def test_one_that_fails_does_not_stop_the_other(tmp_path):
     jobs = jobs_in(tmp_path)
     bad = tmp_path / "bad"
     config, process, unseen = jobs[tmp_path / "toy"]
     jobs = {bad: (config.model_copy(update={"learning_rate": 1e30, "muon_learning_rate": 1e30}), process, unseen)} | jobs
     with pytest.raises(UserError, match="not finite at step"):
-        train_all(jobs)
-    assert "all trained" not in capfd.readouterr().err
+        train_all(jobs, progress=False)
     assert not (bad / CARD).exists() and (tmp_path / "bound" / CARD).exists() and (tmp_path / "toy" / CARD).exists()
 
 
