@@ -128,7 +128,6 @@ def measuring_speed(settings):
     """Seconds to measure one checkpoint of the laptop's model for notebook 03, all scores on three stimuli."""
     process, config = load_process("bound"), TrainingConfig(**settings)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
-    model.set_attn_implementation("eager")
     shown = stimuli(process, 128, config.context)
     return seconds(lambda: measure(model.eval(), shown), 3)
 

@@ -131,7 +131,7 @@ def test_k_makes_no_difference_in_the_released_score():
 def test_attention_in_chunks_is_the_same():
     stimulus = Stimulus(FEW)
     attention = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    parts = [attention_sums(attention[first : first + 3], stimulus.targets, first) for first in (0, 3)]
+    parts = [attention_sums(attention[first : first + 3], stimulus.targets.of_sequences(first, 3)) for first in (0, 3)]
     torch.testing.assert_close(torch.cat(parts), attention_sums(attention, stimulus.targets))
 
 

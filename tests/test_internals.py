@@ -110,10 +110,11 @@ def test_other_models_are_refused_by_name():
 @pytest.mark.parametrize("architecture", ["llama", "olmo", "olmo2", "gpt_neox", "gpt2"])
 def test_attention_is_read_layer_by_layer_and_is_that_of_transformers(architecture):
     model = build_model(architecture, 12, 3, 16, 2, 16).eval()
-    model.set_attn_implementation("eager")
     tokens = torch.randint(12, (2, 9))
-    whole = model(input_ids=tokens, output_attentions=True)
     found, logits = read_attention(model, tokens, lambda attention: attention.clone())
+    assert model.config._attn_implementation == "sdpa"  # as it was before
+    model.set_attn_implementation("eager")
+    whole = model(input_ids=tokens, output_attentions=True)
     assert len(found) == 3 and all(torch.allclose(a, b) for a, b in zip(found, whole.attentions))
     assert torch.allclose(logits, whole.logits, atol=1e-6)
     assert torch.allclose(model(input_ids=tokens).logits, logits, atol=1e-6)  # the hooks are gone

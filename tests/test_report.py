@@ -20,7 +20,7 @@ def test_every_claim_is_in_the_table_with_its_verdict_and_interval():
     folder = output_folder("laptop")
     claims, text = claims_of(folder), as_markdown(folder)
     count = sum(len(json.loads(file.read_text())["claims"]) for file in (folder / "results").glob("*.json"))
-    assert len(claims) == count == sum(line.startswith("| 0") and len(re.findall(r"(?<!\\)\|", line)) == 11 for line in text.splitlines())
+    assert len(claims) == count == sum(line.startswith("| 0") and len(re.findall(r"(?<!\\)\|", line)) == 12 for line in text.splitlines())
     kept = pd.read_csv(folder / "claims.csv")
     assert list(kept.claim) == list(claims.claim) and list(kept.verdict) == list(claims.verdict)
 

@@ -5,6 +5,7 @@ import math
 
 import numpy
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from tiny import write_project
 
 from latentree.errors import UserError
@@ -94,7 +95,7 @@ def test_results_are_written_whole_with_profile_and_version(tmp_path, monkeypatc
     assert file.as_posix() == "out/results/03.json"
     assert (results["notebook"], results["profile"]) == ("03_induction_heads", "smoke")
     assert results["version"] == version_of("smoke")
-    assert results["claims"] == [GOOD | {"margin": 0.0, "threshold": None, "reason": "", "verdict": "reproduced"}]
+    assert results["claims"] == [GOOD | {"margin": 0.0, "threshold": None, "reason": "", "cell": None, "verdict": "reproduced"}]
     assert [path.name for path in file.parent.iterdir()] == ["03.json"]
 
 
@@ -107,3 +108,12 @@ def test_two_claims_with_one_id_are_refused_and_nothing_is_written(tmp_path):
 def test_show_has_a_row_for_each_claim():
     table = show([Claim(**GOOD)])
     assert table.loc["induction-on-pcfg", "verdict"] == "reproduced"
+
+
+def test_a_claim_knows_the_cell_that_made_it():
+    shell = InteractiveShell.instance()
+    shell.user_ns |= {"Claim": Claim, "GOOD": GOOD}
+    shell.run_cell("first = 1", store_history=True)
+    shell.run_cell("claim = Claim(**GOOD)", store_history=True)
+    assert shell.user_ns["claim"].cell == 2 and Claim(**GOOD | {"cell": None}).cell is None
+    InteractiveShell.clear_instance()

@@ -38,7 +38,7 @@ def run(series, table, measure=measure, **options):
 def test_table_of_all_steps(table):
     series = Series(0, 3, 20)
     whole = run(series, table, device="cuda", revision="main")
-    assert series.options == {"device": "cuda", "attn_implementation": "eager", "revision": "main"}
+    assert series.options == {"device": "cuda", "revision": "main"}
     assert list(whole) == ["step", "head", "value", "score"] and whole.step.tolist() == [0, 0, 3, 3, 20, 20]
     assert whole.value.dropna().tolist() == [0.0, 1.0, 20 / 3]
     pd.testing.assert_frame_equal(whole, pd.read_csv(table))

@@ -158,7 +158,6 @@ def test_documents_are_the_texts_and_end_with_the_end_token(text, tmp_path):
 def test_every_measurement_takes_a_text(text):
     assert text.vocabulary_size == 24  # the model's, larger than the tokenizer's
     model = build_model("olmo", 24, 3, 16, 2, 32).eval()
-    model.set_attn_implementation("eager")
     scores = induction.measure(model, stimuli(text, 6, 32), rows=4)
     assert set(scores["stimulus"]) == {"natural", "legal repeat", "random repeat"} and scores["value"].notna().any()
     taken = prompts.contexts(text, [], 6, 1, 24, 8)

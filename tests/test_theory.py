@@ -374,7 +374,6 @@ TOY = TwoLevel(seed=0, segments=4, tokens=56)  # whose sequences fit the models 
 
 def found_in(model, process=TOY, natural=None, question=None):
     """`mechanisms` of a model on a process of 32 tokens, values by metric and definition."""
-    model.set_attn_implementation("eager")
     shown = stimuli(process, 16, 32) | ({} if natural is None else {"natural": Stimulus(natural)})
     contexts, prompts = vector_prompts(process, 4)
     others = model.config.vocab_size - process.vocabulary_size  # words that the process does not have

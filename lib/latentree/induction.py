@@ -11,7 +11,6 @@ import torch
 
 from latentree.circuits import copying
 from latentree.internals import read_attention
-from latentree.interventions import check_eager
 from latentree.model import next_token_losses
 from latentree.selection import best_head, choose_and_score
 from latentree.statistics import ratio
@@ -21,16 +20,14 @@ SAME_FOR_ALL = ("previous-token", RELEASED)  # scores whose targets are at the s
 COLUMNS = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high", "chance", "elsewhere", "queries"]
 
 
-def attention_sums(attention, targets: Targets, first: int = 0) -> torch.Tensor:
-    """Attention on the targets, summed within each sequence: (batch, score, head), float64.
+def attention_sums(attention, targets: Targets) -> torch.Tensor:
+    """Attention (batch, head, query, key) on the targets, summed within each sequence: (batch, score, head), float64.
 
-    `attention` (batch, head, query, key) is of the sequences from number `first` on. Divided by the targets' `queries`
-    it is the score of each sequence.
+    Divided by the targets' `queries` it is the score of each sequence.
     """
     batch, scores = len(attention), len(targets.names)
-    here = (targets.sequence >= first) & (targets.sequence < first + batch)
-    entries = (targets.sequence - first, targets.query, targets.key, targets.score)
-    s, q, k, score = (entry[here].to(attention.device) for entry in entries)
+    entries = (targets.sequence, targets.query, targets.key, targets.score)
+    s, q, k, score = (entry.to(attention.device) for entry in entries)
     paid = attention[s, :, q, k].double()
     return paid.new_zeros(batch * scores, attention.shape[1]).index_add(0, s * scores + score, paid).view(batch, scores, -1)
 
@@ -68,7 +65,7 @@ def second_copy_gain(losses, period: int):
 
 @torch.no_grad()
 def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
-    """All scores of a model (with eager attention), one row each, in COLUMNS; `rows` sequences run at a time.
+    """All scores of a model, one row each, in COLUMNS; `rows` sequences run at a time.
 
     variant `head`: one head's score. `best`: the best head's, cross-fitted by `choose_and_score`; the layer and head
     named are the best over all sequences. `as released`: the largest over heads of the release's score, order is its k.
@@ -77,14 +74,14 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     elsewhere what the same head pays to the targets of another sequence, which its positions alone can explain (not a
     number where all sequences have the same targets).
     """
-    check_eager(model)
     tables = []
     for name, stimulus in stimuli.items():
         sums, elsewhere, losses = [], [], []
         both = stimulus.targets, stimulus.targets.of_another_sequence()
         for first in range(0, len(stimulus.tokens), rows):
             chunk = stimulus.tokens[first : first + rows].to(model.device)
-            paid, logits = read_attention(model, chunk, lambda a: [attention_sums(a, targets, first).cpu() for targets in both])
+            here = [targets.of_sequences(first, len(chunk)) for targets in both]
+            paid, logits = read_attention(model, chunk, lambda a: [attention_sums(a, targets).cpu() for targets in here])
             for found, layers in zip((sums, elsewhere), zip(*paid)):
                 found.append(torch.cat(layers, 2))
             losses.append(next_token_losses(logits, chunk).double().cpu())
@@ -105,20 +102,19 @@ def head_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
     null = torch.cat([elsewhere.sum(0) / targets.queries.sum(0)[:, None], torch.full_like(sums[0, -1:], torch.nan)])
     counts = torch.cat([targets.queries, torch.ones_like(targets.queries[:, :1])], 1)
     names, levels = [*targets.names, ("copying", 0)], [*chance(targets).tolist(), 0.0]
-    tables = []
+    rows = []
     for i, (score, order) in enumerate(names):
         one, count = sums[:, i], counts[:, i]
         each, best = ratio(one, count[:, None]), int(best_head(one, count))
         variants = {"head": (range(one.shape[1]), each), "best": ([best], choose_and_score(one, count)[:3])}
         if score == RELEASED:
             variants = {"as released": ([best], [x[[best]] for x in each])}
-        for variant, (head, (value, low, high)) in variants.items():
-            columns = {"variant": variant, "head": head}
-            columns |= {"elsewhere": torch.nan if score in SAME_FOR_ALL else null[i, list(head)]}
-            columns |= {"value": np.atleast_1d(value), "low": np.atleast_1d(low), "high": np.atleast_1d(high)}
-            shared = {"score": score, "order": order, "chance": levels[i], "queries": int(count.sum())}
-            tables.append(pd.DataFrame(columns).assign(**shared))
-    return pd.concat(tables, ignore_index=True)
+        for variant, (heads, bounds) in variants.items():
+            for head, value, low, high in zip(heads, *(np.atleast_1d(x).tolist() for x in bounds)):
+                elsewhere = torch.nan if score in SAME_FOR_ALL else float(null[i, head])
+                rows.append((score, order, variant, head, value, low, high, levels[i], elsewhere, int(count.sum())))
+    columns = [name for name in COLUMNS if name not in ("stimulus", "layer")]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def model_rows(losses, stimulus: Stimulus) -> pd.DataFrame:

@@ -4,6 +4,7 @@ Matrices follow the mathematics of a row vector: with x (width) the input of a h
 what it adds to the attention's output is z @ W_O (width), where z (head_dim) is the head's mix of values.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -105,11 +106,22 @@ def written_in(model, given: dict, layer: int = -1, replaced: dict | None = None
     return found | {"embedding": embedding, "stream": stream, "normed": normed, "cache": cache}
 
 
+@contextmanager
+def readable_attention(model):
+    """Within, the model's attention is eager: the other implementations are faster and compute no probabilities to read."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
 @torch.no_grad()
 def read_attention(model, tokens, read) -> tuple[list, torch.Tensor]:
     """What `read` makes of each layer's attention (batch, head, query, key) on tokens (batch, position), and the logits.
 
-    One layer's attention is held at a time. The model needs eager attention (`interventions.check_eager`).
+    One layer's attention is held at a time.
     """
     inside, found = Internals(model), []
 
@@ -119,7 +131,8 @@ def read_attention(model, tokens, read) -> tuple[list, torch.Tensor]:
 
     hooks = [inside.attention(layer).register_forward_hook(hook) for layer in range(inside.layers)]
     try:
-        return found, model(input_ids=tokens, use_cache=False).logits
+        with readable_attention(model):
+            return found, model(input_ids=tokens, use_cache=False).logits
     finally:
         for one in hooks:
             one.remove()

@@ -8,7 +8,7 @@ import torch
 from nnsight import NNsight
 
 from latentree.errors import UserError
-from latentree.internals import Internals
+from latentree.internals import Internals, readable_attention
 from latentree.model import next_token_losses
 
 WAYS = ("mean", "resample", "pattern")
@@ -51,12 +51,9 @@ def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> t
 
 @torch.no_grad()
 def attention_patterns(model, tokens) -> torch.Tensor:
-    """Every head's attention probabilities (layer, batch, head, query, key) for tokens (batch, position).
-
-    UserError unless the model was loaded with attn_implementation="eager": the others do not compute them.
-    """
-    check_eager(model)
-    return torch.stack(model(input_ids=tokens, use_cache=False, output_attentions=True).attentions)
+    """Every head's attention probabilities (layer, batch, head, query, key) for tokens (batch, position)."""
+    with readable_attention(model):
+        return torch.stack(model(input_ids=tokens, use_cache=False, output_attentions=True).attentions)
 
 
 @torch.no_grad()
@@ -128,13 +125,6 @@ def another(count: int, seed: int) -> torch.Tensor:
         raise UserError(f"tokens: has {count} sequence, and resampling needs another one; give 2 or more")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return torch.empty_like(order).scatter(0, order, order.roll(1))
-
-
-def check_eager(model) -> None:
-    """Raises UserError unless the model's attention computes probabilities that can be read."""
-    kind = model.config._attn_implementation
-    if kind != "eager":
-        raise UserError(f"attn_implementation = {kind!r}: gives no attention patterns; load the model with 'eager'")
 
 
 def check_heads(inside: Internals, heads) -> None:

@@ -54,13 +54,13 @@ def role_mass(grammar: Grammar, log_p: torch.Tensor, tokens: torch.Tensor, befor
     return mass.masked_fill(~there, torch.nan)
 
 
-def masses(model, grammar: Grammar, tokens: torch.Tensor) -> pd.DataFrame:
+def masses(model, grammar: Grammar, tokens: torch.Tensor, after: tuple | None = None) -> pd.DataFrame:
     """What a model thinks of the roles after tokens (sequence, position): DataFrame (quantity, name, sequence, sum, count).
 
     quantity "legal": `legal_mass` by the names of `next_roles`, and of all places ("all"). quantity "role": `role_mass` of
-    each pair of roles that can follow each other ("subject > verb").
+    each pair of roles that can follow each other ("subject > verb"). `after` is `next_roles` of the tokens, if it is known.
     """
-    log_p, (state, names, legal) = log_probabilities(model, tokens), next_roles(grammar, tokens)
+    log_p, (state, names, legal) = log_probabilities(model, tokens), after or next_roles(grammar, tokens)
     mass, pairs = legal_mass(log_p, state, legal), followers(grammar)
     found = [sequence_sums(mass, state, names), sequence_sums(mass).assign(name="all")]
     found = [rows.assign(quantity="legal") for rows in found]

@@ -92,7 +92,7 @@ def word_states(streams: torch.Tensor, sentences: Sentences) -> tuple[torch.Tens
     return torch.cat([only, alone, alone + only]), inputs
 
 
-def structural_probe(states: torch.Tensor, sentences: Sentences, rank: int = 32, steps: int = 300, seed: int = 0) -> tuple:
+def structural_probe(states: torch.Tensor, sentences: Sentences, rank: int = 32, steps: int = 200, seed: int = 0) -> tuple:
     """Scores on the second half of the windows (Hewitt & Manning 2019) of maps B (rank, width), one for each layer.
 
     |B (h_i - h_j)|^2 is fitted to the tree distance of words i and j of `states` (input, sentence, word, width), and

@@ -4,6 +4,7 @@ The README has it between two markers, with the run's time and memory beside it.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def claims_of(folder: Path) -> pd.DataFrame:
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     rows = [{"notebook": result["notebook"]} | claim for result in results for claim in result["claims"]]
     table = pd.DataFrame(rows)
-    return table.assign(seeds=table.seeds.map(len)).rename(columns={"id": "claim"})
+    return table.assign(seeds=table.seeds.map(len), cell=table.cell.astype("Int64")).rename(columns={"id": "claim"})
 
 
 def number(value) -> str:
@@ -44,10 +45,11 @@ def as_markdown(folder: Path) -> str:
     intervals = [f"{number(c.value)} [{number(c.low)}, {number(c.high)}]" if number(c.value) else "" for c in claims.itertuples()]
     shown = claims.assign(value=intervals, null=claims.null.map(number), notebook=claims.notebook.str[:2])
     shown = shown.replace({r"\|": r"\\|"}, regex=True)  # inside a table's cell
-    shown = shown[["notebook", "claim", "source", "definition", "statement", "corpus", "value", "null", "seeds", "verdict"]]
+    shown = shown[["notebook", "cell", "claim", "source", "definition", "statement", "corpus", "value", "null", "seeds", "verdict"]]
     processor = next(iter(record.values()))["device"]
-    where = f"{processor['threads']} threads of {processor['cpu']}" + "".join(f", {gpu}" for gpu in processor["gpus"])
+    where = processor["cpu"] + "".join(f", {gpu}" for gpu in processor["gpus"])
     every = shown.to_markdown(index=False, disable_numparse=True)  # "01" is no number
+    every = re.sub("-{4,}", "---", re.sub(" {2,}", " ", every))  # no columns of spaces in a file that is read as a page
     return "\n\n".join([f"Run on {where}; with 95 % intervals.", summary.rename_axis("notebook").to_markdown(),
                         f"<details><summary>All {len(claims)} claims</summary>", every, "</details>"])  # fmt: skip
 

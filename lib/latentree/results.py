@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import pandas
+from IPython import get_ipython
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, computed_field, model_validator
 
 from latentree.errors import UserError
@@ -38,6 +39,12 @@ def verdict(value, low, high, null, rule: str, margin: float = 0.0, threshold: f
     return "reproduced" if RULES[rule](low, high, null, margin, threshold) else "not reproduced"
 
 
+def executing_cell() -> int | None:
+    """The number n of the notebook's cell In [n] that is being executed; none outside of notebooks."""
+    shell = get_ipython()  # which may count the cell before or after it is executed, but keeps its text before
+    return len(shell.user_ns["In"]) - 1 if shell else None
+
+
 class Claim(BaseModel, extra="forbid", frozen=True):
     """One claim of the paper and its evidence; value, low, high, null, margin and threshold share one unit."""
 
@@ -56,6 +63,7 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     margin: FiniteFloat = Field(default=0.0, ge=0)
     threshold: FiniteFloat | None = None
     reason: str = ""
+    cell: int | None = Field(default_factory=executing_cell, description="of the notebook, In [cell], that judges it")
 
     def __init__(self, **fields):
         try:

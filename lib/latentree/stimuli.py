@@ -143,6 +143,12 @@ class Targets:
     score: torch.Tensor
     queries: torch.Tensor
 
+    def of_sequences(self, first: int, count: int):
+        """The targets in `count` sequences from number `first` on, which are then numbered from 0."""
+        here = (self.sequence >= first) & (self.sequence < first + count)
+        entries = {"sequence": self.sequence[here] - first, "query": self.query[here], "key": self.key[here], "score": self.score[here]}
+        return replace(self, **entries, queries=self.queries[first : first + count])
+
     def of_another_sequence(self):
         """The same targets, each sequence looked at where another one has its own: what positions alone would give."""
         return replace(self, sequence=(self.sequence + 1) % len(self.queries), queries=self.queries.roll(1, 0))

@@ -17,8 +17,8 @@ KEY = "measured.json"  # what the parts beside it are measurements of
 def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=None, **options) -> pd.DataFrame:
     """Measure the checkpoints of a series, one in memory at a time; the table (rows of all steps) is written to `table`.
 
-    `series` has `steps` and `load(step, device=..., **options)`; models are loaded with eager attention unless `options`
-    say otherwise. `measure(model)` returns a table, to which a first column `step` is added. `steps` chooses some.
+    `series` has `steps` and `load(step, device=..., **options)`. `measure(model)` returns a table, to which a first column
+    `step` is added. `steps` chooses some.
 
     Each finished checkpoint is kept as a CSV file in a hidden folder beside `table`, and there it stays: a sweep that is
     started again, or whose series has grown, measures only what is new. `key` (anything JSON holds: the stimuli, their
@@ -37,7 +37,7 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
     left = [step for step, file in files.items() if not file.exists()]
     report = Reporter(table.stem, len(steps), len(steps) - len(left), "checkpoints", progress)
     for number, step in enumerate(left, start=len(steps) - len(left) + 1):
-        model = series.load(step, device=device, **{"attn_implementation": "eager"} | options)
+        model = series.load(step, device=device, **options)
         rows = measure(model)
         if "step" in rows:
             raise UserError(f"measure: its table {list(rows)} has a column step; leave it to the sweep")
