@@ -12,13 +12,15 @@ test: .venv/.installed
 	.venv/bin/python -m pytest -n 2
 
 report: .venv/.installed
-	.venv/bin/python -m latentree.report $$(.venv/bin/python -m latentree.run --folder-of $(PROFILE))
+	folder=$$(.venv/bin/python -m latentree.run --folder-of $(PROFILE)) && .venv/bin/python -m latentree.report $$folder
 
 bench: .venv/.installed
 	.venv/bin/python bench/speed.py
 
 # The first attempt needs no network and does if all packages are there already; the second fetches what is missing.
 .venv/.installed: pyproject.toml constraints.txt
+	@test -x .venv/bin/python || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null \
+		|| { echo "error: PYTHON = $(PYTHON): is not Python 3.11 to 3.13; give a Python from 3.11 to 3.13: make PYTHON=python3.12" >&2; exit 2; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --no-index --no-build-isolation -c constraints.txt -e '.[test]' 2> /dev/null \
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[test]'

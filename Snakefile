@@ -10,6 +10,7 @@ either NN_name.ipynb or NN_name.failed.ipynb.
 import sys
 from pathlib import Path
 
+from latentree.errors import UserError
 from latentree.files import read_yaml
 from latentree.run import output_folder, summary
 
@@ -30,7 +31,10 @@ FIRST = ["01", "02", "06", "03", "04", "05", "08", "07"]  # started in this orde
 PROFILE = config.get("profile", "laptop")
 GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # for each job
 CORES = workflow.cores or 2  # a cluster does not say how many it has
-OUT = output_folder(PROFILE).as_posix()
+try:
+    OUT = output_folder(PROFILE).as_posix()
+except UserError as error:
+    sys.exit(f"error: {error}")  # in one line, where Snakemake would show where it was raised
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
 

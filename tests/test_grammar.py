@@ -192,8 +192,8 @@ def test_bad_grammars_are_refused_in_one_line(fields, message):
 
 @pytest.mark.parametrize("content, message", [
     (None, "corpora there: bound-static"), ("- a\n- b\n", "not a mapping"), ("a: [", "is not YAML"), ("kind: tree\n", "kind 'tree' is unknown"),
-    ("kind: chain\nparent: bound-static\nordre: 3\n", "unexpected keyword argument 'ordre'"),
-    ("kind: hashed tables\nvocab: 3\n", "unexpected keyword argument 'vocab'"),
+    ("kind: chain\nparent: bound-static\nordre: 3\n", "ordre, got 3: remove it"),
+    ("kind: hashed tables\nvocab: 3\n", "vocab, got 3: remove it"),
 ])
 def test_bad_grammar_files_are_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "wrong.yaml"

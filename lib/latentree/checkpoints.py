@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from latentree.errors import UserError
 
 IDENTITY = "training.json"  # what was trained on what: in the run's folder, and a copy in each checkpoint
+MEND = "remove this folder, or train again in a new one"
 PARTIAL = ".partial-"  # a folder still being written, or already replaced
 
 
@@ -66,27 +68,30 @@ def save_checkpoint(model, run: Path, step: int) -> None:
 def read_identity(folder: Path) -> dict:
     """What was trained on what, from a run's folder or a checkpoint's."""
     try:
-        return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        identity = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{folder}: has no readable {IDENTITY}; name a folder that train() has written") from None
+        identity = None
+    if not isinstance(identity, dict):
+        raise UserError(f"{folder}: has no readable {IDENTITY}; train there first (notebook 02), or name a folder that train() has written")
+    return identity
 
 
 def check_checkpoint(folder: Path, identity: dict) -> None:
     """Raises UserError, with the folder's name, unless `folder` is a whole checkpoint of the run with this identity."""
-    mend = "remove this folder, or train again in a new one"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: truncated checkpoint, config.json cannot be read; {mend}") from None
+        model = {"architecture": config["model_type"], "vocabulary_size": config["vocab_size"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: truncated checkpoint, config.json cannot be read; {MEND}") from None
     weights = sorted(folder.glob("*.safetensors"))
     for file in weights or [folder / "model.safetensors"]:
         if not is_whole(file):
-            raise UserError(f"{folder}: truncated checkpoint, {file.name} is missing or cut off; {mend}")
-    theirs = read_identity(folder) | {"architecture": config["model_type"], "vocabulary_size": config["vocab_size"]}
+            raise UserError(f"{folder}: truncated checkpoint, {file.name} is missing or cut off; {MEND}")
+    theirs = read_identity(folder) | model
     for name, value in identity.items():
         if theirs.get(name) != value:
             raise UserError(
-                f"{folder}: foreign checkpoint, its {name} is {theirs.get(name)!r} and this run's is {value!r}; {mend}"
+                f"{folder}: foreign checkpoint, its {name} is {theirs.get(name)!r} and this run's is {value!r}; {MEND}"
             )
 
 
@@ -118,14 +123,16 @@ class LocalSeries:
 
     @property
     def steps(self) -> list[int]:
-        """The training steps that have a checkpoint, in order."""
+        """The training steps that have a checkpoint, in order. UserError if there is none yet."""
+        if not self._folders:
+            raise UserError(f"{self.folder}: has no checkpoints yet; train there first, or name another folder")
         return sorted(self._folders)
 
     def __len__(self):
         return len(self._folders)
 
     def __iter__(self):
-        return ((step, self._folders[step]) for step in self.steps)
+        return iter(sorted(self._folders.items()))
 
     def config(self):
         """The transformers config of its models."""
@@ -136,6 +143,13 @@ class LocalSeries:
         if step not in self._folders:
             raise UserError(f"step: {step} has no checkpoint in {self.folder}; choose one of {self.steps}")
         folder = self._folders[step]
-        with without_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        try:
+            with without_bars():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options)  # fmt: skip
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder}: damaged checkpoint, cannot be loaded ({reason}) with {options=}; {MEND}") from None
+        if missing := sorted(report["missing_keys"]):  # transformers has drawn them at random
+            raise UserError(f"{folder}: damaged checkpoint, lacks the weights {missing[0]} (and {len(missing) - 1} more); {MEND}")
         return model.to(device).eval()

@@ -8,6 +8,7 @@ from latentree import counter
 from latentree.errors import UserError
 from latentree.files import read_yaml
 from latentree.grammar import Grammar
+from latentree.grammar_file import ChainFile, HashedFile, checked
 from latentree.ngrams import Chain, HashedTables
 from latentree.sampler import HELD_OUT, GrammarProcess, apart
 
@@ -28,14 +29,14 @@ def load_process(name, grammars="params/grammars", seed=0):
     kind = content.pop("kind", "grammar")
     if kind == "grammar":
         return GrammarProcess(Grammar(content), seed)
-    content.pop("about", None)
-    try:
-        if kind == "hashed tables":
-            return HashedTables(seed=seed, **content)
-        if kind == "chain":
-            return Chain(load_process(content.pop("parent"), path.parent, seed), seed=seed, **content)
-    except TypeError as error:
-        raise UserError(f"grammar file {path.name}: {str(error).split(') ')[-1]}; remove it or mend its name") from None
+    if kind == "hashed tables":
+        return HashedTables(seed=seed, **checked(HashedFile, content, path.stem).model_dump(exclude={"about"}))
+    if kind == "chain":
+        fields = checked(ChainFile, content, path.stem).model_dump(exclude={"about"})
+        parent = path.with_name(f"{fields['parent']}.yaml")
+        if parent.is_file() and read_yaml(parent).get("kind", "grammar") != "grammar":
+            raise UserError(f"grammar file {path.name}: parent {fields['parent']!r} is no grammar; name a file of kind grammar")
+        return Chain(load_process(fields.pop("parent"), path.parent, seed), seed=seed, **fields)
     raise UserError(f"grammar file {path.name}: kind {kind!r} is unknown; kinds: grammar, hashed tables, chain")
 
 

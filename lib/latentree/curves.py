@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latentree.errors import UserError
 from latentree.statistics import bootstrap, ratio
 
 
@@ -63,6 +64,8 @@ def half_way(tokens, values, base=0.0) -> np.ndarray:
     """
     x = np.log(np.maximum(np.asarray(tokens, float), 1))
     values = np.asarray(values, float)
+    if not 2 <= len(x) == values.shape[-1]:
+        raise UserError(f"values: {values.shape[-1]} for {len(x)} counts of tokens; give one for each, and 2 or more")
     rise = values - np.asarray(base, float)[..., None]
     over = rise / np.where(rise[..., -1:] > 0, rise[..., -1:], np.nan) - 0.5
     after = np.maximum((over >= 0).argmax(-1), 1)[..., None]
@@ -82,6 +85,9 @@ def doublings_later(first: Curve, second: Curve, rises=(False, False)) -> tuple:
 
     95 % by bootstrap over sequences, resampled together; both curves are of the same sequences and checkpoints.
     """
+    if first.sums.shape != second.sums.shape:
+        raise UserError(f"curves: of {first.sums.shape} and {second.sums.shape} (sequences, checkpoints); give two of the same")
+
     def later(drawn):
         a, b = _half_ways(drawn, first.tokens, rises)
         return np.log2(b / a)

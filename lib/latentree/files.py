@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -35,11 +36,11 @@ def read_yaml(path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", "not UTF-8")
         raise UserError(f"{path}: cannot be read ({why}): name a YAML file") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise UserError(f"{path}: line {line} is not YAML: write `name: value`") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # yaml passes on what a bad date or number raises
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise UserError(f"{path}: line {line} is not YAML: write `name: value`") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds {values!r}, not a mapping: write lines `name: value`, or {{}} for none")
     return values
@@ -55,7 +56,7 @@ def read_notebook(path) -> dict:
         if notebook["nbformat"] != 4:
             raise UserError(f"{path}: has notebook format {notebook['nbformat']!r}: save it in format 4")
         for cell in notebook["cells"]:
-            cell["source"] = "".join(cell["source"])
+            cell["source"], cell["metadata"] = "".join(cell["source"]), dict(cell["metadata"])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): name a notebook file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
@@ -78,11 +79,38 @@ def code_cells(notebook: Path) -> list[tuple[str, dict]]:
     return [(f"In [{number}] `{first[:60]}`", cell) for number, ((first, *_), cell) in enumerate(lines, start=1)]
 
 
+def read_json(path: Path, mend: str) -> dict:
+    """The mapping in a JSON file; UserError, with the `mend`, if there is none."""
+    try:
+        if isinstance(values := json.loads(path.read_text(encoding="utf-8")), dict):
+            return values
+        why = "no mapping"
+    except OSError as error:
+        why = error.strerror
+    except ValueError:
+        why = "not JSON"
+    raise UserError(f"{path}: cannot be read ({why}); {mend}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that no reader ever sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        if partial.is_symlink() or partial.exists():
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def writing(path):
+    """What the disk or missing rights raise becomes one UserError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); make room there or name another folder") from None
 
 
 def with_palette(png: bytes) -> bytes:

@@ -12,8 +12,8 @@ class Role(BaseModel):
     """The words of a role: how many, and the exponent of the Zipf law over their ranks (0: uniform)."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    size: int = Field(gt=0)
-    zipf: float = Field(default=0.0, ge=0)
+    size: int = Field(gt=0, lt=1 << 24)
+    zipf: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     @property
     def frequencies(self):
@@ -56,6 +56,27 @@ class GrammarFile(BaseModel):
     habits: dict[str, str] = {}
     repetitions: int = Field(default=1, gt=0)
     exclude_held_out: int = Field(default=0, ge=0)
+
+
+class HashedFile(BaseModel):
+    """The fields of a file of kind "hashed tables"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = "released-ngram"
+    about: str = ""
+    vocabulary_size: int = Field(default=1000, gt=1)
+    tables: int = Field(default=1000, gt=0)
+
+
+class ChainFile(BaseModel):
+    """The fields of a file of kind "chain"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str | None = None
+    about: str = ""
+    parent: str
+    order: int = Field(default=3, gt=0)
+    sample_tokens: int = Field(default=1_000_000, gt=0)
 
 
 def checked(model, content, name):

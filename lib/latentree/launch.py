@@ -23,8 +23,10 @@ def jobs_of(parameters: dict) -> dict:
     """What notebook 02 trains with these parameters: {folder: (TrainingConfig, process, held-out tokens)}."""
     settings = {name: parameters[name] for name in SETTINGS}
     settings |= {"checkpoints_even": parameters["checkpoints"], "checkpoints_log": parameters["checkpoints"]}
-    jobs = {}
-    for corpus, tokens in zip(parameters["corpora"], parameters["tokens"], strict=True):
+    jobs, corpora, counts = {}, parameters["corpora"], parameters["tokens"]
+    if len(corpora) != len(counts):
+        raise UserError(f"tokens = {counts}: {len(counts)} numbers for {len(corpora)} corpora; give one for each")
+    for corpus, tokens in zip(corpora, counts, strict=True):
         process = load_process(corpus, parameters["grammars"], parameters["corpus_seed"])
         unseen = held_out(process, parameters["held_out_sequences"], parameters["context"])["tokens"]
         for seed in parameters["seeds"]:

@@ -39,17 +39,19 @@ CHOICES = {
     "precision": ["float32", "bfloat16"],
 }
 POSITIVE = (lambda value: value > 0, "greater than 0")
+SEED = (lambda seed: 0 <= seed < 2**63, "0 or more, below 2**63")
 RATE = (lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 
 # The same name means the same in every notebook. name: (predicate, the values it accepts in words)
 LIMITS = {
     "out": (lambda folder: folder.strip() != "", "a folder's name"),
-    "seed": (lambda seed: seed >= 0, "0 or more"),
-    "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and min(seeds) >= 0, "one or more, distinct, 0 or above"),
+    "seed": SEED,
+    "seeds": (lambda seeds: len(set(seeds)) == len(seeds) > 0 and all(map(SEED[0], seeds)),
+              "one or more, distinct, 0 or above, below 2**63"),
     "corpora": (lambda names: len(set(names)) == len(names) > 0, "one or more, distinct"),
     "tokens": (lambda counts: len(counts) > 0 and min(counts) > 0, "a number greater than 0 for each corpus"),
     "margin": (lambda margin: margin >= 0, "0 or more"),
-    "corpus_seed": (lambda seed: seed >= 0, "0 or more"),
+    "corpus_seed": SEED,
     "learning_rate": RATE,
     "muon_learning_rate": RATE,
 }

@@ -18,7 +18,7 @@ import filelock
 
 import latentree
 from latentree.errors import UserError
-from latentree.files import write_text
+from latentree.files import read_json, write_text
 
 NOTED = ".{}.noted.json"  # what a notebook notes about its run, until the run has ended
 PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy papermill".split()
@@ -129,11 +129,17 @@ def describe(values: dict, folder: Path) -> dict:
     return git_state() | parameters_of(values, folder) | machine | {"started": datetime.now(UTC).isoformat()}
 
 
+def read_record(folder: Path) -> dict:
+    """What FOLDER/run.json says; nothing if there is none yet. UserError if it is damaged."""
+    file = folder / "run.json"
+    return read_json(file, "it is not the record of a run: remove it, or name another folder") if file.exists() else {}
+
+
 def write_record(folder: Path, profile: str, version: str, notebook: str, entry: dict) -> None:
     """Put the entry of one notebook into FOLDER/run.json; notebooks that finish together wait for each other."""
     file = folder / "run.json"
     with filelock.FileLock(folder / ".run.lock"):
-        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        record = read_record(folder)
         notebooks = record.get("notebooks", {}) | {notebook: entry}
         record = {"version": version, "profile": profile, "notebooks": dict(sorted(notebooks.items()))}
         write_text(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")

@@ -3,7 +3,6 @@
 The README has it between two markers, with the run's time and memory beside it.
 """
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -11,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 
 from latentree.errors import UserError
-from latentree.files import write_text
+from latentree.files import read_json, write_text, writing
 from latentree.record import project_root
+from latentree.results import Claim
 
 BEGIN, END = "<!-- claims: written by make report -->", "<!-- end of claims -->"
 
@@ -22,8 +22,14 @@ def claims_of(folder: Path) -> pd.DataFrame:
     files = sorted((folder / "results").glob("*.json"))
     if not files:
         raise UserError(f"{folder}: has no results/*.json; name the folder of a finished run")
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    results = [read_json(file, "execute its notebook again") for file in files]
+    for file, result in zip(files, results):
+        for claim in result.setdefault("claims", []):
+            if missing := {*Claim.model_fields, "verdict"} - claim.keys():
+                raise UserError(f"{file}: claim {claim.get('id')!r} has no {min(missing)}; execute its notebook again")
     rows = [{"notebook": result["notebook"]} | claim for result in results for claim in result["claims"]]
+    if not rows:
+        raise UserError(f"{folder}: its results hold no claims; name the folder of a finished run")
     table = pd.DataFrame(rows)
     return table.assign(seeds=table.seeds.map(len), cell=table.cell.astype("Int64")).rename(columns={"id": "claim"})
 
@@ -35,7 +41,7 @@ def number(value) -> str:
 
 def as_markdown(folder: Path) -> str:
     """Verdicts by notebook with what the run took, then every claim."""
-    claims, record = claims_of(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))["notebooks"]
+    claims, record = claims_of(folder), read_json(folder / "run.json", "name the folder of a finished run").get("notebooks", {})
     counts = pd.crosstab(claims.notebook, claims.verdict)
     took = pd.DataFrame({name: {"minutes": entry["wall_seconds"] / 60, "peak memory (GB)": entry["peak_memory_gb"]}
                          for name, entry in record.items()}).T  # fmt: skip
@@ -59,11 +65,15 @@ def main(arguments: list[str]) -> int:
         if len(arguments) != 1:
             raise UserError("usage: python -m latentree.report FOLDER, the folder of a finished run")
         folder, readme = Path(arguments[0]), project_root() / "README.md"
+        if not readme.is_file():
+            raise UserError(f"{readme}: cannot be read; start it in the project's folder")
         text = readme.read_text(encoding="utf-8")
         if BEGIN not in text or END not in text:
             raise UserError(f"README.md: has no lines {BEGIN} and {END}; put them where the table shall be")
-        claims_of(folder).to_csv(folder / "claims.csv", index=False)
-        write_text(readme, f"{text.split(BEGIN)[0]}{BEGIN}\n\n{as_markdown(folder)}\n\n{END}{text.split(END)[1]}")
+        shown = as_markdown(folder)
+        with writing(folder / "claims.csv"):
+            write_text(folder / "claims.csv", claims_of(folder).to_csv(index=False))
+        write_text(readme, f"{text.split(BEGIN)[0]}{BEGIN}\n\n{shown}\n\n{END}{text.split(END)[1]}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from IPython import get_ipython
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, computed_field, model_validator
 
 from latentree.errors import UserError
-from latentree.files import write_text
+from latentree.files import write_text, writing
 from latentree.record import version_of
 
 RULES = {
@@ -110,8 +110,9 @@ def write_results(out, notebook: str, profile: str, claims: Sequence[Claim]) -> 
         "claims": [claim.model_dump() for claim in claims],
     }
     target = Path(out) / "results" / f"{notebook.split('_')[0]}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return target
 
 

@@ -23,9 +23,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from latentree.errors import UserError
-from latentree.files import code_cells, read_notebook, readable, with_palette, write_text
+from latentree.files import code_cells, read_json, read_notebook, readable, with_palette, write_text
 from latentree.params import check, declared, load
-from latentree.record import NOTED, describe, output_folder, version_of, without_machine, write_record
+from latentree.record import NOTED, describe, output_folder, read_record, version_of, without_machine, write_record
 
 BAD_INPUT, CELL_ERROR, DEAD_KERNEL, TIMED_OUT, BUSY, NO_RESULT = 2, 3, 4, 5, 6, 7
 SIGNALLED = 128  # plus the signal's number, as a shell has it
@@ -54,38 +54,46 @@ def run(notebook: Path, params: Path, out: Path, timeout: float | None = None, f
     folder = out.resolve()
     values["out"] = str(folder)
     with lock(folder, notebook):
+        read_record(folder)
         result = folder / "results" / f"{notebook.stem.split('_')[0]}.json"
         finished, failed, partial = (
             folder / name.format(notebook.stem) for name in ("{}.ipynb", "{}.failed.ipynb", ".{}.partial.ipynb")
         )
         noted, failure_told = (folder / name.format(notebook.stem) for name in (NOTED, FAILURE))
         for stale in (result, finished, partial, noted, failure_told):
-            stale.unlink(missing_ok=True)
+            try:
+                stale.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{stale}: cannot be replaced ({error.strerror}): remove it, or name another folder") from None
         entry = describe({name: declaration.default for name, declaration in declarations.items()} | values, folder)
         start = time.monotonic()
         try:
             peak = execute(notebook, partial, values, timeout, follow_parent)
             judge(partial, result)
-        except Failure as failure:
+            entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
+            entry |= without_machine(read_json(noted, "let record.note write it"), folder) if noted.exists() else {}
+            publish(partial, finished, folder)
+            write_record(folder, profile, version, notebook.stem, entry)
+        except (Failure, UserError, OSError) as failure:
+            code, message = failure.args if isinstance(failure, Failure) else (NO_RESULT, str(failure))
+            if isinstance(failure, OSError):
+                message = f"{without_machine(str(folder), folder)}: cannot be written ({failure.strerror}); make room there and run again"
             result.unlink(missing_ok=True)
-            publish(partial if readable(partial) else notebook, failed, folder)
+            finished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk has no room for what failed either
+                publish(partial if readable(partial) else notebook, failed, folder)
+                message = f"{message}; see {without_machine(str(failed), folder)}"
             partial.unlink(missing_ok=True)
-            code, message = failure.args
-            message = f"{message}; see {without_machine(str(failed), folder)}"
-            write_text(failure_told, message)
+            with contextlib.suppress(OSError):
+                write_text(failure_told, message)
             raise Failure(code, f"{notebook.stem}: {message}") from None
-        entry |= {"wall_seconds": round(time.monotonic() - start, 1), "peak_memory_gb": round(peak / 1e9, 2)}
-        entry |= without_machine(json.loads(noted.read_text(encoding="utf-8")), folder) if noted.exists() else {}
-        write_record(folder, profile, version, notebook.stem, entry)
-        publish(partial, finished, folder)
         for leftover in (partial, failed, noted):
             leftover.unlink(missing_ok=True)
 
 
 def summary(folder: Path, executed: dict[str, bool]) -> list[str]:
     """One line for each notebook {name: whether it was executed}: what it took, or why it failed and where to look."""
-    file, lines = folder / "run.json", []
-    entries = json.loads(file.read_text(encoding="utf-8"))["notebooks"] if file.exists() else {}
+    entries, lines = read_record(folder).get("notebooks", {}), []
     for name in executed:
         failure, took = folder / FAILURE.format(name), entries.get(name, {})
         if failure.exists():

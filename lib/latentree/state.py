@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from latentree.checkpoints import IDENTITY, PARTIAL, LocalSeries, read_identity, remove_partial
 from latentree.errors import UserError
-
+from latentree.files import writing
 
 
 def check_folder(folder: Path, identity: dict) -> None:
@@ -55,8 +56,11 @@ def load_state(accelerator, stream, folder: Path) -> None:
     states = sorted(folder.glob("state-" + "[0-9]" * 8))
     if not states:
         return
-    accelerator.load_state(states[-1])
-    stream.load_state_dict(*(torch.load(place) for place in sorted(states[-1].glob("stream-*.pt"))))
+    try:
+        accelerator.load_state(states[-1])
+        stream.load_state_dict(*(torch.load(place) for place in sorted(states[-1].glob("stream-*.pt"))))
+    except Exception as error:  # each library has errors of its own for a file that is cut off
+        raise UserError(f"{states[-1]}: cannot be read ({type(error).__name__}); remove it: the training then begins again") from None
 
 
 def remove_states(folder: Path, keep: Path | None = None) -> None:
@@ -64,6 +68,22 @@ def remove_states(folder: Path, keep: Path | None = None) -> None:
     for state in folder.glob("state-*"):
         if state != keep:
             shutil.rmtree(state)
+
+
+@contextmanager
+def alone(folder: Path):
+    """Make `folder` and hold it, in the main process, until the block ends. UserError if another training has it."""
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"folder = {folder}: another training is writing there; wait for it or stop it") from None
+    with held:
+        yield
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def paired(differences, draws=2000, seed=0) -> dict:
     values = np.asarray(differences, dtype=float)
     if len(values) < 2:
         raise UserError(f"differences: has {len(values)} pair; give 2 or more")
+    if not np.isfinite(values).all():
+        raise UserError(f"differences: {values.tolist()} are not all finite; give pairs that are, or leave out the others")
 
     def effect(sample):
         spread = sample.std(1, ddof=1)

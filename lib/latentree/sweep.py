@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from latentree.errors import UserError
-from latentree.files import write_text
+from latentree.files import write_text, writing
 from latentree.progress import Reporter
 
 KEY = "measured.json"  # what the parts beside it are measurements of
@@ -32,7 +32,8 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
     missing = [step for step in steps if step not in series.steps]
     if missing or not steps:
         raise UserError(f"steps = {missing or steps}: no such checkpoints; choose among {list(series.steps)}")
-    parts = parts_folder(table, {"key": key, "series": getattr(series, "identity", None), "library": library_digest()})
+    with writing(table):
+        parts = parts_folder(table, {"key": key, "series": getattr(series, "identity", None), "library": library_digest()})
     files = {step: parts / f"step-{step:08d}.csv" for step in steps}
     left = [step for step, file in files.items() if not file.exists()]
     report = Reporter(table.stem, len(steps), len(steps) - len(left), "checkpoints", progress)
@@ -41,12 +42,14 @@ def sweep(series, measure, table, key=None, device="cpu", progress=True, steps=N
         rows = measure(model)
         if "step" in rows:
             raise UserError(f"measure: its table {list(rows)} has a column step; leave it to the sweep")
-        write_text(files[step], rows.assign(step=step)[["step", *rows]].to_csv(index=False))
+        with writing(files[step]):
+            write_text(files[step], rows.assign(step=step)[["step", *rows]].to_csv(index=False))
         del model  # before the next one is loaded
         report(number, f"step {step}")
     report.close()
     whole = pd.concat([pd.read_csv(files[step]) for step in steps], ignore_index=True)
-    write_text(table, whole.to_csv(index=False))
+    with writing(table):
+        write_text(table, whole.to_csv(index=False))
     return whole
 
 

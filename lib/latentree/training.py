@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -20,14 +20,15 @@ from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, Positiv
 from latentree.checkpoints import IDENTITY, checkpoint_steps, remove_partial, save_checkpoint
 from latentree.corpus import Stream
 from latentree.errors import UserError
-from latentree.files import write_text
+from latentree.files import read_json, write_text
 from latentree.model import build_model, check_sizes, next_token_losses, parameter_count
 from latentree.optimizers import build_optimizers, rate_share
 from latentree.progress import Reporter
-from latentree.state import Progress, check_folder, full_disk_told, keep_freed_memory
+from latentree.state import Progress, alone, check_folder, full_disk_told, keep_freed_memory
 from latentree.state import load_state, remove_states, save_state
 
 LOG_ROWS = 500  # rows of losses.csv, about
+TABLES = ("losses.csv", "held_out.csv", "held_out_by_position.csv")
 CARD = "run_card.json"  # written last: its presence says that the training is finished
 
 
@@ -53,7 +54,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     gradient_clip: PositiveFloat = 1.0  # largest norm of the gradient
     checkpoints_even: NonNegativeInt = 10
     checkpoints_log: NonNegativeInt = 10
-    seed: NonNegativeInt = 0  # of the initial weights
+    seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16: by autocast, the weights stay float32
     micro_batches: PositiveInt = 1  # parts that a process's sequences of a step run in, one after the other: less memory
     compiled: bool = False  # the model by torch.compile: faster on a GPU, after a minute; changes rounding only
@@ -106,9 +107,8 @@ def train(config, process, held_out, folder, stream=None, device="auto", progres
             f"batch_sequences = {config.batch_sequences}: does not divide over {accelerator.num_processes} processes; "
             f"give a multiple of {accelerator.num_processes}"
         )
-    with full_disk_told(folder):
+    with alone(folder), full_disk_told(folder), no_memory_told(config):
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             remove_partial(folder)
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
         accelerator.wait_for_everyone()
@@ -118,6 +118,18 @@ def train(config, process, held_out, folder, stream=None, device="auto", progres
             stream = Stream(process, rows, config.context, device=accelerator.device, **options)
         loop(config, process, held_out, folder, stream, accelerator, progress)
     return pd.read_csv(folder / "losses.csv")
+
+
+@contextmanager
+def no_memory_told(config):
+    """A model that does not fit the memory becomes a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"layers = {config.layers}, width = {config.width}, context = {config.context}, batch_sequences = "
+                        f"{config.batch_sequences}: do not fit the memory; give more micro_batches, or smaller numbers") from None
 
 
 def loop(config, process, held_out, folder, stream, accelerator, show):
@@ -259,4 +271,9 @@ def check_run(config, process, held_out, folder, device) -> dict:
     identity |= {"held_out": hashlib.sha256(held_out.cpu().long().numpy().tobytes()).hexdigest()[:16]}
     identity |= config.model_dump(exclude={"state_every_seconds", "compiled"})
     check_folder(folder, identity)
+    if (folder / CARD).exists():
+        read_json(folder / CARD, "remove it to train again")
+        for table in TABLES:
+            if not (folder / table).is_file():
+                raise UserError(f"{folder}: is finished, but its {table} is gone; remove {CARD} to train again")
     return identity
