@@ -1,6 +1,8 @@
 # make run      executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/
 # make test     runs all tests
 # make report   writes the table of all claims of the profile's run into README.md, and claims.csv beside its results
+# make exercises writes students' notebooks, the solutions taken out, into exercises/
+# make solutions executes the notebooks with their solutions and checks at smoke scale, in minutes
 # make bench    times the main steps on this machine
 PYTHON ?= python3
 PROFILE ?= laptop
@@ -14,6 +16,12 @@ test: .venv/.installed
 report: .venv/.installed
 	folder=$$(.venv/bin/python -m latentree.run --folder-of $(PROFILE)) && .venv/bin/python -m latentree.report $$folder
 
+exercises: .venv/.installed
+	.venv/bin/python -m latentree.exercises exercises
+
+solutions:
+	$(MAKE) run PROFILE=smoke
+
 bench: .venv/.installed
 	.venv/bin/python bench/speed.py
 
@@ -26,4 +34,4 @@ bench: .venv/.installed
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[test]'
 	touch $@
 
-.PHONY: run test report bench
+.PHONY: run test report bench exercises solutions

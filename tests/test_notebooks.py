@@ -5,8 +5,11 @@ import json
 import re
 import statistics
 from pathlib import Path
+from textwrap import indent
 
+import nbformat
 import pytest
+from latentree.exercises import has_tag, student_copy
 from latentree.params import check, declared, load
 from latentree.run import CELL_ERROR, output_folder
 from latentree.run import main as run
@@ -56,9 +59,21 @@ def verdicts_of(path):
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """All notebooks executed one after the other into one folder: later ones read the checkpoints of 02."""
-    out = tmp_path_factory.mktemp("smoke")
-    codes = {path.stem: run([str(path), "--params", f"params/smoke/{path.name[:-6]}.yaml", "--out", str(out)]) for path in NOTEBOOKS}
+    """All notebooks executed one after the other into one folder: later ones read the checkpoints of 02.
+
+    The exercises are appended a second time, with stubs for solutions; what their checks then say is printed.
+    """
+    out, sources = tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("notebooks")
+    codes = {}
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, 4)
+        for cell in student_copy(notebook).cells:
+            if has_tag(cell, "check"):
+                cell.source = f"try:\n{indent(cell.source, '    ')}\nexcept AssertionError as error:\n    print('stub:', error)"
+            if has_tag(cell, "solution") or has_tag(cell, "check"):
+                notebook.cells.append(nbformat.v4.new_code_cell(cell.source))
+        nbformat.write(notebook, sources / path.name)
+        codes[path.stem] = run([str(sources / path.name), "--params", f"params/smoke/{path.stem}.yaml", "--out", str(out)])
     return out, codes
 
 
@@ -77,6 +92,16 @@ def test_notebook_executes_and_leaves_its_results(smoke, name):
     figures = [o for c in executed["cells"] for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(figures) >= 3 and len(list((out / "figures").glob(f"{name[:2]}_*.png"))) == len(figures)
     assert "Warning" not in json.dumps([c.get("outputs") for c in executed["cells"]])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
+def test_checks_of_exercises_tell_solutions_from_stubs(smoke, path):
+    executed = nbformat.read(smoke[0] / path.name, 4)
+    numbers = [str(n) for n in range(1, 1 + sum(has_tag(cell, "check") for cell in executed.cells))]
+    right = "".join(o.get("text", "") for cell in executed.cells if has_tag(cell, "check") for o in cell.outputs)
+    assert list(dict.fromkeys(re.findall(r"^Exercise (\d+).*: right$", right, re.MULTILINE))) == numbers
+    said = "".join(o.get("text", "") for cell in executed.cells[-2 * len(numbers) :] for o in cell.outputs)
+    assert re.findall(r"^stub: Exercise (\d+).*: not yet: ", said, re.MULTILINE) == numbers
 
 
 def test_results_are_measured_and_not_typed(smoke):
@@ -128,7 +153,7 @@ def test_unknown_corpus_is_told_in_one_line_and_leaves_nothing(tmp_path, capfd):
 def test_notebook_reads_like_one(path):
     """Prose before every code cell, short cells, no outputs in the source, a parameters cell that is checked."""
     notebook = json.loads(path.read_text())
-    kinds = [cell["cell_type"] for cell in notebook["cells"]]
+    kinds = [cell["cell_type"] for cell in notebook["cells"] if "check" not in cell["metadata"].get("tags", [])]  # checks follow solutions
     assert all(before == "markdown" for before, kind in zip(kinds, kinds[1:]) if kind == "code")
     lengths = [len([line for line in source.splitlines() if line.strip()]) for source in cells(path, "code")]
     assert max(lengths) <= 25 and statistics.median(lengths) <= 8
