@@ -9,6 +9,7 @@ from grammars import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentree import plots
+from PIL import Image
 from latentree.parsing import legal_sentences
 from latentree.sampler import GrammarProcess
 from latentree.statistics import bootstrap, holm, paired, recovered_share, t_interval
@@ -102,3 +103,14 @@ def test_every_sampled_sentence_is_legal_and_shuffled_ones_are_not(shared):
                                         ("bound-order3", "n-gram"), ("released-ngram", "hashed n-gram"), ("bound-static", "static")])
 def test_corpora_keep_their_colours(name, kind):
     assert plots.kind(name) == kind and plots.colour(name) == plots.KIND_COLOURS[kind]
+
+
+def test_a_figure_carries_its_description(tmp_path):
+    figure, axes = plots.plt.subplots(1, 2)
+    axes[0].plot([0, 1], [1, 0], label="bound")
+    axes[1].imshow([[0, 1]])
+    axes[0].set(title="loss\nheld out", xlabel="training tokens", ylabel="loss (nats)")
+    axes[1].set(title="matrix", xlabel="head")
+    plots.save(figure, tmp_path, "01_x")
+    text = Image.open(tmp_path / "figures" / "01_x.png").text["Description"]
+    assert text == "2 panels; loss held out, matrix; horizontally: training tokens, head; vertically: loss (nats); legend: bound."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 from PIL import Image, ImageChops, ImageStat
+from PIL.PngImagePlugin import PngInfo
 
 from latentree.errors import UserError
 
@@ -114,7 +115,7 @@ def writing(path):
 
 
 def with_palette(png: bytes) -> bytes:
-    """A PNG picture in at most 256 colours, a quarter of the size, if that is smaller; its resolution is kept.
+    """A PNG picture in at most 256 colours, a quarter of the size, if that is smaller; its resolution and texts are kept.
 
     By octree if no shades are lost by it (curves and points), else by median cut, which is larger (heatmaps).
     """
@@ -125,5 +126,8 @@ def with_palette(png: bytes) -> bytes:
     few.putpalette(white)  # an octree's white is a little grey
     if sum(ImageStat.Stat(ImageChops.difference(colours, few.convert("RGB"))).mean) > MOST_LOST:
         few = colours.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(drawn := BytesIO(), "PNG", optimize=True, **options)
+    texts = PngInfo()
+    for name, text in picture.text.items():
+        texts.add_itxt(name, text)
+    few.save(drawn := BytesIO(), "PNG", optimize=True, pnginfo=texts, **options)
     return min(png, drawn.getvalue(), key=len)

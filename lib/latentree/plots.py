@@ -36,12 +36,26 @@ def colour(corpus):
     return KIND_COLOURS[kind(corpus)]
 
 
+def described(figure):
+    """What a figure shows, in words, from its panels' titles, axes and legends: the picture's alternative text."""
+    panels = [ax for ax in figure.axes if ax.get_visible() and ax.has_data()]
+
+    def all_of(texts):
+        return ", ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text.strip()))
+
+    told = {"": all_of(ax.get_title() for ax in panels), "horizontally": all_of([*(ax.get_xlabel() for ax in panels), figure.get_supxlabel()]),
+            "vertically": all_of([*(ax.get_ylabel() for ax in panels), figure.get_supylabel()]),
+            "legend": all_of(text for ax in panels for text in ax.get_legend_handles_labels()[1])}
+    count = f"{len(panels)} panels" if len(panels) > 1 else "One panel"
+    return "; ".join([count, *(f"{what}: {text}".removeprefix(": ") for what, text in told.items() if text)]) + "."
+
+
 def save(figure, out, name):
-    """Write `figure` to out/figures/name.png."""
+    """Write `figure` to out/figures/name.png, with its description in words (`described`) inside."""
     folder = Path(out) / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
-    figure.savefig(drawn, bbox_inches="tight")
+    figure.savefig(drawn, bbox_inches="tight", metadata={"Description": described(figure)})
     (folder / f"{name}.png").write_bytes(with_palette(drawn.getvalue()))
 
 
