@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NEEDED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+NEEDED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"] + PROJECT["optional-dependencies"]["book"]]
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
@@ -32,7 +32,7 @@ def test_pins_are_releases_that_every_machine_finds():
 def test_conda_installs_the_same_project_with_the_same_pins():
     python = next(item for item in CONDA if str(item).startswith("python="))
     assert SpecifierSet(PROJECT["requires-python"]).contains(python.removeprefix("python=") + ".0")
-    assert {"pip": ["-c constraints.txt", "-e .[test]"]} in CONDA
+    assert {"pip": ["-c constraints.txt", "-e .[test,book]"]} in CONDA
     assert {item.split("=")[0] for item in CONDA if isinstance(item, str)} == {"python", "pip"}
 
 
@@ -44,5 +44,5 @@ def test_the_continuous_integration_runs_make_test_and_nothing_else():
 
 def test_make_test_runs_pytest_and_make_installs_with_the_pins():
     makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^test: .venv/.installed\n\t\.venv/bin/python -m pytest -n 2$", makefile, re.MULTILINE)
-    assert makefile.count("-c constraints.txt -e '.[test]'") == 2
+    assert re.search(r"^test: .venv/.installed browser\n\t\.venv/bin/python -m pytest -n 2$", makefile, re.MULTILINE)
+    assert makefile.count("-c constraints.txt -e '.[test,book]'") == 2

@@ -12,12 +12,29 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import torch
 
 from latentree.errors import UserError
-from latentree.files import write_text
+from latentree.files import read_yaml, write_text
+from latentree.record import output_folder, project_root
 
 BEGIN, END = "# begin solution", "# end solution"
 STUB = "...  # your solution"
+INSTALL = """# In a clone of the repository, and on Binder, nothing is to be done here. On Colab: give the address of the repository.
+import importlib.util, os, subprocess, sys
+
+address = ""
+if importlib.util.find_spec("latentree") is None:
+    if not address:
+        raise ValueError("address = '': latentree is not installed here; give the address of its repository, to clone and install it")
+    subprocess.run(["git", "clone", "--depth", "1", address, "latentree"], check=True)
+    os.chdir("latentree")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "-e", "."], check=True)
+    sys.path.insert(0, "lib")"""
+SIZES = """# Sizes by the hardware: the GPU's profile, or the laptop's. What `make run` has trained is found there.
+from latentree.exercises import parameters_here
+
+globals().update(parameters_here({name!r}))"""
 
 
 def check(exercise: str, got, expected, tolerance: float = 1e-6, mend: str = "") -> None:
@@ -61,9 +78,19 @@ def stub(source: str) -> str:
     return re.sub(rf"^([ \t]*){BEGIN}.*?{END}", rf"\1{STUB}", source, flags=re.DOTALL | re.MULTILINE)
 
 
-def student_copy(notebook):
-    """A notebook with stubs for solutions and without outputs."""
+def parameters_here(name: str) -> dict:
+    """The parameters of notebook `name` for this machine: profile gpu if torch sees one, else laptop; `out` is that of `make run`."""
+    profile = "gpu" if torch.cuda.is_available() else "laptop"
+    return read_yaml(project_root() / "params" / profile / f"{name}.yaml") | {"out": output_folder(profile).as_posix()}
+
+
+def student_copy(notebook, name: str = ""):
+    """A notebook with stubs for solutions and without outputs; with its `name`, also with cells that install and choose sizes."""
     copy = nbformat.from_dict(notebook)
+    if name:
+        at = next(i for i, cell in enumerate(copy.cells) if has_tag(cell, "parameters"))
+        copy.cells.insert(at + 1, nbformat.v4.new_code_cell(SIZES.format(name=name)))
+        copy.cells.insert(0, nbformat.v4.new_code_cell(INSTALL))
     for cell in copy.cells:
         if has_tag(cell, "solution"):
             cell.source = stub(cell.source)
@@ -79,7 +106,7 @@ def main(arguments: list[str]) -> int:
         folder = Path(arguments[0])
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb")):
-            write_text(folder / path.name, nbformat.writes(student_copy(nbformat.read(path, 4))) + "\n")
+            write_text(folder / path.name, nbformat.writes(student_copy(nbformat.read(path, 4), path.stem)) + "\n")
             print(folder / path.name)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

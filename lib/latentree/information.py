@@ -10,7 +10,7 @@ LARGEST_JOINT = 4.0  # gigabytes
 
 
 def estimated(documents, distances, labels):
-    """Mutual information of tokens d apart in the same document, corrected for bias: (distances,).
+    """Mutual information of tokens d apart in the same document, corrected for bias: (distances,); distances from 1 up.
 
     `labels` (vocabulary,) says what is compared: the tokens themselves (0, 1, 2, ...), or their roles. The plug-in
     estimate is too high by an amount that falls as 1 / documents. Tokens of a document share latents, so the usual
@@ -40,7 +40,7 @@ def mutual_information(joint):
 
 
 def exact(grammar, distances, words=True):
-    """Exact mutual information of tokens d apart in a document, for a grammar that redraws all at one level.
+    """Exact mutual information of tokens d apart in a document, for a grammar that redraws all at one level; distances from 1 up.
 
     Under uniformly random maps the pair's words tell something beyond their roles only if the roles are the same: the
     words are then equal with a probability e that follows from Zipf's law and the habits, and

@@ -143,7 +143,7 @@ class Chain:
         return _documents(torch.stack(tokens, 1))
 
     def losses(self):
-        """Exact loss in nats per token of the best predictor that sees n = 0..order last tokens: (order + 1,)."""
+        """Exact loss in nats per token of the best predictor that sees n = 0..order last tokens: a list of order + 1."""
         values = []
         for n in range(self.order + 1):
             grams = self.grams % self.vocabulary_size ** (n + 1)

@@ -45,7 +45,7 @@ class PrefixParser:
 
     def probability(self, prefix):
         """Probability that a sentence begins with `prefix`."""
-        return self._node(prefix)[1]
+        return float(self._node(prefix)[1])
 
     def prefix_of(self, tokens):
         """The prefix that `tokens` (a list of ids) are: each with the roles it can serve, all words of a role alike."""

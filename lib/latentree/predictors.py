@@ -164,7 +164,7 @@ def _losses_by_own_shape(grammar, documents, latent_aware):
 def held_out_with_references(process, sequences, context):
     """Held-out windows (corpus.held_out) of a grammar process with the losses of the reference predictors, in nats.
 
-    Fields syntax_only, latent_aware and counts beside the documents' own: (sequences, context) float32 each. The counts
+    Fields syntax_only, latent_aware, role_loss and counts beside the documents' own: (sequences, context) float32 each. The counts
     predictor's smoothing is fitted on the first training documents.
     """
     grammar = process.grammar

@@ -1,0 +1,112 @@
+"""The book: `python docs/build.py` builds build/book/html from these pages and the executed notebooks of the laptop run.
+
+The notebooks are copied with what a page needs and a notebook does not: links to other notebooks and to the literature, alternative
+texts of figures, solutions folded away, and a box that says how to run the page oneself.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from latentree.exercises import has_tag
+from latentree.files import read_json
+from latentree.record import output_folder
+from latentree.report import as_markdown
+from PIL import Image
+
+DOCS, BOOK = Path(__file__).parent, Path("build/book")
+CITED = {  # how the notebooks name a work (the year in brackets or not): its key in references.bib
+    r"Akyurek et al\. 2024": "akyurek2024",
+    r"Cochran 1977": "cochran1977",
+    r"Elhage et al\. 2021": "elhage2021",
+    r"Hewitt and Manning 2019": "hewitt2019",
+    r"Holm 1979": "holm1979",
+    r"McGrath et al\. 2023": "mcgrath2023",
+    r"Miller 1955": "miller1955",
+    r"Olsson et al\. 2022": "olsson2022",
+    r"Quenouille 1956": "quenouille1956",
+    r"Stolcke 1995": "stolcke1995",
+    r"Todd et al\. 2024": "todd2024",
+}
+RUN = """:::{{admonition}} Run this yourself
+:class: tip
+In a clone of the repository, `make run` executes all notebooks, and `make exercises` writes a copy of each with the solutions left to
+you. This one alone:
+
+    .venv/bin/python -m latentree.run notebooks/{name}.ipynb \\
+        --params params/laptop/{name}.yaml --out outputs/mine
+:::
+"""
+
+
+def linked(text: str, own: str, names: dict) -> str:
+    """Markdown with links from `notebook 03` to that notebook, and from cited works to the references; code is left alone."""
+
+    def numbers(match):
+        return re.sub(r"\b0[1-8]\b", lambda n: n[0] if n[0] == own else f"[{n[0]}]({names[n[0]]}.ipynb)", match[0])
+
+    pieces = re.split(r"(```.*?```|`[^`\n]*`|\$[^$\n]+\$)", text, flags=re.DOTALL)
+    for at in range(0, len(pieces), 2):
+        pieces[at] = re.sub(r"\bnotebooks? (0[1-8])((, | and | to )0[1-8])*", numbers, pieces[at])
+        for said, key in CITED.items():
+            pieces[at] = re.sub(said, f"{{cite:alp}}`{key}`", pieces[at])
+            pieces[at] = re.sub(rf"{said[:-4]}\({said[-4:]}\)", f"{{cite:t}}`{key}`", pieces[at])
+    return "".join(pieces)
+
+
+def page_of(path: Path, names: dict):
+    """An executed notebook as a page of the book."""
+    notebook, figures = nbformat.read(path, 4), path.parent / "figures"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = linked(cell.source, path.name[:2], names)
+        elif has_tag(cell, "solution"):
+            cell.metadata.tags.append("hide-input")
+        saved = [name for name in re.findall(r'"(\d\d_\w+)"', cell.source) if (figures / f"{name}.png").exists()]
+        if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
+            cell.metadata["mystnb"] = {"image": {"alt": Image.open(figures / f"{saved[-1]}.png").text["Description"]}}
+    title, rest = notebook.cells[0].source.split("\n", 1)
+    notebook.cells[0].source = f"{title}\n\n{RUN.format(name=path.stem)}\n{rest}"
+    return notebook
+
+
+def exercise_list(pages: dict) -> str:
+    """A table of all exercises: notebook, title, difficulty."""
+    rows = [(f"[{name[:2]}]({name}.ipynb)", title, level) for name, notebook in pages.items() for cell in notebook.cells
+            for title, level in re.findall(r"^### Exercise \d+ · (.+) \((\w+)\)$", cell.source, re.MULTILINE)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["notebook", "exercise", "difficulty"]).to_markdown(index=False)
+
+
+def minutes_of(folder: Path) -> str:
+    """A table of what each notebook takes to execute."""
+    record = read_json(folder / "run.json", "execute the notebooks first")["notebooks"]
+    rows = [(name, round(entry["wall_seconds"] / 60, 1)) for name, entry in record.items()]
+    return pd.DataFrame(rows, columns=["notebook", "minutes to execute"]).to_markdown(index=False)
+
+
+def main() -> int:
+    folder, source = output_folder("laptop"), BOOK / "source"
+    shutil.rmtree(BOOK, ignore_errors=True)
+    shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("build.py", "__pycache__"))
+    shutil.copy("README.md", source)
+    shutil.copytree(folder / "figures", source / folder / "figures")
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    names = {path.name[:2]: path.stem for path in paths}
+    pages = {path.stem: page_of(path, names) for path in paths}
+    for name, notebook in pages.items():
+        nbformat.write(notebook, source / f"{name}.ipynb")
+    modules = sorted(path.stem for path in (DOCS / "library").glob("*.md") if path.stem != "index")
+    filled = {"NOTEBOOKS": "\n".join(pages), "EXERCISES": exercise_list(pages), "MINUTES": minutes_of(folder),
+              "CLAIMS": as_markdown(folder), "MODULES": "\n".join(modules)}  # fmt: skip
+    for page in source.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(rf"^({'|'.join(filled)})$", lambda match: filled[match[0]], text, flags=re.MULTILINE), encoding="utf-8")
+    return subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", source, BOOK / "html"]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

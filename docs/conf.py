@@ -1,0 +1,44 @@
+"""Sphinx: the book of executed notebooks. Nothing is executed and nothing fetched, when it is built or read. See build.py."""
+
+project = "latentree"
+author = "The latentree developers"
+html_title = "latentree"
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.bibtex", "sphinx-mathjax-offline"]
+
+exclude_patterns = ["README.md"]  # index.md includes a part of it
+nb_execution_mode = "off"
+nb_code_prompt_show, nb_code_prompt_hide = "Show the solution", "Hide the solution"  # nothing else is folded
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
+myst_heading_anchors = 3
+bibtex_bibfiles = ["references.bib"]
+bibtex_reference_style = "author_year"
+bibtex_default_style = "plain"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+default_role = "code"
+
+html_theme = "sphinx_book_theme"
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False, "navbar_persistent": []}
+html_show_copyright = html_show_sourcelink = False
+html_copy_source = False
+
+
+def as_rst(app, what, name, obj, options, lines):
+    """Docstrings here are plain text with code in single backticks: what reStructuredText would read as markup is escaped."""
+    for number, line in enumerate(lines):
+        parts = line.split("`")
+        parts[::2] = [part.replace("\\", "\\\\").replace("*", "\\*").replace("|", "\\|").replace("_", "\\_") for part in parts[::2]]
+        lines[number] = "`".join(parts)
+    spaced = []
+    for line in lines:  # a list, or a block that is set in, stands between empty lines
+        before = spaced[-1] if spaced else ""
+        deeper = len(line) - len(line.lstrip()) - (len(before) - len(before.lstrip()))
+        goes_on = deeper == 0 or deeper == 2 and before.lstrip().startswith("- ")
+        if before.strip() and line.strip() and (line.lstrip().startswith("- ") or not goes_on):
+            spaced.append("")
+        spaced.append(line)
+    lines[:] = spaced
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", as_rst)
