@@ -1,6 +1,10 @@
 """Exercises are whole and give nothing away; a check says what is wrong. (test_notebooks.py executes them.)"""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,6 +13,7 @@ import pytest
 import torch
 from latentree.errors import UserError
 from latentree.exercises import BEGIN, END, STUB, check, has_tag, main, student_copy, stub
+from latentree.record import output_folder
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -77,3 +82,33 @@ def test_students_notebooks_are_written_and_usage_is_told(tmp_path, capsys):
     assert STUB in (tmp_path / "mine" / NOTEBOOKS[0].name).read_text()
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "file")]) == 2 and main([]) == 2 and "usage" in capsys.readouterr().err
+
+
+def entry_cells(path):
+    cells = student_copy(nbformat.read(path, 4), path.stem).cells
+    at = next(i for i, cell in enumerate(cells) if has_tag(cell, "parameters"))
+    return cells[0].source, cells[at + 1].source
+
+
+@each_notebook
+def test_entry_cells_choose_sizes_by_the_hardware(path, monkeypatch):
+    found = {}
+    for gpu, profile in ((False, "laptop"), (True, "gpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        exec(entry_cells(path)[1], found)
+        assert found["profile"] == profile and found["out"] == output_folder(profile).as_posix()
+
+
+def test_entry_cells_install_where_latentree_is_missing(monkeypatch):
+    install, _ = entry_cells(NOTEBOOKS[0])
+    exec(install, {})  # it is installed here: nothing happens
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="latentree is not installed here; give the address"):
+        exec(install, {})
+    commands, folders = [], []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(os, "chdir", folders.append)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(install.replace('address = ""', 'address = "https://example.org/latentree"'), {})
+    assert commands[0][:2] == ["git", "clone"] and "https://example.org/latentree" in commands[0] and folders == ["latentree"]
+    assert commands[1][1:4] == ["-m", "pip", "install"] and sys.path[0] == "lib"

@@ -9,7 +9,7 @@ import pytest
 
 PAGES = sorted(path for path in Path("docs/library").glob("*.md") if path.stem != "index")
 # What runs and records notebooks: for those who change it, not for those who call it.
-INSIDE = {"__init__", "errors", "execute", "files", "hub", "hub_files", "launch", "progress", "run", "side_by_side", "state"}
+INSIDE = {"__init__", "errors", "execute", "files", "hub_files", "launch", "progress", "run", "side_by_side", "state"}
 
 
 def public_names(module):
