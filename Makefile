@@ -17,7 +17,8 @@ test: .venv/.installed browser
 # The book's tests open it in Chromium; without it, and without the rights to install it, they are skipped.
 browser:
 	@command -v chromium chromedriver > /dev/null || ! command -v apt-get > /dev/null || test "$$(id -u)" != 0 \
-		|| { apt-get update -qq && apt-get install -y -qq chromium chromium-driver > /dev/null; }
+		|| { apt-get update -qq && apt-get install -y -qq chromium chromium-driver > /dev/null; } \
+		|| echo "Chromium cannot be installed here: the tests that open the book in it are skipped"
 
 report: .venv/.installed
 	folder=$$(.venv/bin/python -m latentree.run --folder-of $(PROFILE)) && .venv/bin/python -m latentree.report $$folder
