@@ -60,15 +60,17 @@ def linked(text: str, own: str, names: dict) -> str:
 
 def page_of(path: Path, names: dict):
     """An executed notebook as a page of the book."""
-    notebook, figures = nbformat.read(path, 4), path.parent / "figures"
+    notebook, figures, section = nbformat.read(path, 4), path.parent / "figures", ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            section = [section, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1]
             cell.source = linked(cell.source, path.name[:2], names)
         elif has_tag(cell, "solution"):
             cell.metadata.tags.append("hide-input")
         saved = [name for name in re.findall(r'"(\d\d_\w+)"', cell.source) if (figures / f"{name}.png").exists()]
         if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
-            cell.metadata["mystnb"] = {"image": {"alt": Image.open(figures / f"{saved[-1]}.png").text["Description"]}}
+            described = Image.open(figures / f"{saved[-1]}.png").text["Description"]
+            cell.metadata["mystnb"] = {"image": {"alt": f"{section}: {described}"}}
     title, rest = notebook.cells[0].source.split("\n", 1)
     notebook.cells[0].source = f"{title}\n\n{RUN.format(name=path.stem)}\n{rest}"
     return notebook

@@ -3,6 +3,7 @@
 project = "latentree"
 author = "The latentree developers"
 html_title = "latentree"
+html_favicon = "favicon.svg"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.bibtex", "sphinx-mathjax-offline"]
 
 exclude_patterns = ["README.md"]  # index.md includes a part of it
@@ -19,6 +20,7 @@ default_role = "code"
 
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False, "navbar_persistent": []}
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_show_copyright = html_show_sourcelink = False
 html_copy_source = False
 

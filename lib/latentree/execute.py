@@ -51,6 +51,7 @@ def end_with_parent() -> None:
 
 
 def main() -> int:
+    """The command; returns its exit status."""
     end_with_parent()
     job = json.load(sys.stdin)
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # the parent says in one line what happened

@@ -100,6 +100,7 @@ def student_copy(notebook, name: str = ""):
 
 
 def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
     try:
         if len(arguments) != 1:
             raise UserError("usage: python -m latentree.exercises FOLDER, where students' notebooks shall be")

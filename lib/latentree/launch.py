@@ -36,6 +36,7 @@ def jobs_of(parameters: dict) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="accelerate launch -m latentree.launch", description=__doc__)
     parser.add_argument("--params", type=Path, required=True, help="YAML file with notebook 02's parameters")
     parser.add_argument("--out", required=True, help="folder for the checkpoints, as in notebook 02")

@@ -46,6 +46,8 @@ def described(figure):
     told = {"": all_of(ax.get_title() for ax in panels), "horizontally": all_of([*(ax.get_xlabel() for ax in panels), figure.get_supxlabel()]),
             "vertically": all_of([*(ax.get_ylabel() for ax in panels), figure.get_supylabel()]),
             "legend": all_of(text for ax in panels for text in ax.get_legend_handles_labels()[1])}
+    if not any(told.values()):  # a drawn tree, say, is all words
+        told[""] = all_of(text.get_text() for ax in panels for text in ax.texts)
     count = f"{len(panels)} panels" if len(panels) > 1 else "One panel"
     return "; ".join([count, *(f"{what}: {text}".removeprefix(": ") for what, text in told.items() if text)]) + "."
 

@@ -61,6 +61,7 @@ def as_markdown(folder: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
     try:
         if len(arguments) != 1:
             raise UserError("usage: python -m latentree.report FOLDER, the folder of a finished run")

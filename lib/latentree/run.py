@@ -237,11 +237,15 @@ def publish(source: Path, target: Path, folder: Path) -> None:
 
 
 class Parser(argparse.ArgumentParser):
+    """The command's arguments."""
+
     def error(self, message):
+        """Bad usage is a UserError."""
         raise UserError(f"{message} (see python -m latentree.run --help)")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = Parser(prog="python -m latentree.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("notebook", type=Path, nargs="?")
     parser.add_argument("--params", type=Path, help="YAML file with parameters")
