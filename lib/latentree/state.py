@@ -79,7 +79,7 @@ def alone(folder: Path):
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=0)
+            held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire(timeout=3)  # one that was killed takes a moment to end
         except Timeout:
             raise UserError(f"folder = {folder}: another training is writing there; wait for it or stop it") from None
     with held:
