@@ -20,6 +20,7 @@ default_role = "code"
 
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False, "navbar_persistent": []}
+html_static_path, html_css_files = ["_static"], ["book.css"]
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_show_copyright = html_show_sourcelink = False
 html_copy_source = False

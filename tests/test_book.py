@@ -106,11 +106,11 @@ def test_light_and_dark_wide_and_narrow(book, address, browser):
         browser.get(f"{address}/02_training.html")
         shades[scheme] = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert shades["light"] != shades["dark"]
-    browser.set_window_size(500, 900)
-    for page in ("index.html", "02_training.html", "library/statistics.html"):
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": False})
+    for page in ("index.html", "02_training.html", *(page for page in pages(book) if page.startswith("library/"))):
         browser.get(f"{address}/{page}")
         assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 1, page
-    browser.set_window_size(1400, 1000)
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_search_finds_a_word(book, address, browser):
