@@ -21,10 +21,10 @@ browser:
 		|| echo "Chromium cannot be installed here: the tests that open the book in it are skipped"
 
 report: .venv/.installed
-	folder=$$(.venv/bin/python -m latentree.run --folder-of $(PROFILE)) && .venv/bin/python -m latentree.report $$folder
+	folder=$$(.venv/bin/python -m latentree.run --folder-of $(PROFILE)) && .venv/bin/python -m latentree.run.report $$folder
 
 exercises: .venv/.installed
-	.venv/bin/python -m latentree.exercises exercises
+	.venv/bin/python -m latentree.run.exercises exercises
 
 solutions:
 	$(MAKE) run PROFILE=smoke

@@ -3,16 +3,15 @@
 A notebook's output is a stamp, .NN_name.done, that git ignores, beside its result. git gives the files of a fresh
 clone arbitrary times, and the reading copy under outputs/ comes with its results; but a clone has no stamps, so its
 first run executes every notebook, and the next one executes none. The executed notebook is neither an output nor a log:
-Snakemake deletes a failed job's outputs and fills in its missing logs with empty files, while latentree.run leaves
+Snakemake deletes a failed job's outputs and fills in its missing logs with empty files, while latentree.run.execution leaves
 either NN_name.ipynb or NN_name.failed.ipynb.
 """
 
 import sys
 from pathlib import Path
 
-from latentree.errors import UserError
-from latentree.files import read_yaml
-from latentree.run import output_folder, summary
+from latentree.data.files import read_yaml
+from latentree.run.execution import output_folder, summary
 
 # notebook: the notebooks that must be executed before it
 NOTEBOOKS = {
@@ -33,7 +32,7 @@ GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # fo
 CORES = workflow.cores or 2  # a cluster does not say how many it has
 try:
     OUT = output_folder(PROFILE).as_posix()
-except UserError as error:
+except ValueError as error:
     sys.exit(f"error: {error}")  # in one line, where Snakemake would show where it was raised
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
@@ -82,7 +81,7 @@ rule train:
         launch=f"{sys.executable} -m" + (f" accelerate.commands.launch --num_processes {GPUS} -m" if GPUS > 1 else ""),
         out=OUT,
     shell:
-        "{params.launch} latentree.launch --params {input.params:q} --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
+        "{params.launch} latentree.train.launch --params {input.params:q} --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
 
 
 for name, after in HERE.items():

@@ -14,10 +14,9 @@ from pathlib import Path
 import nltk
 import numpy as np
 import torch
+from latentree.data.grammar import Grammar
+from latentree.inside.names import Internals
 from transformers import Trainer, TrainerCallback, TrainingArguments
-
-from latentree.grammar import Grammar
-from latentree.internals import Internals
 
 
 def nltk_tokens(grammar: Grammar, sentences: int, seed: int = 0) -> list[int]:
@@ -31,8 +30,12 @@ def nltk_tokens(grammar: Grammar, sentences: int, seed: int = 0) -> list[int]:
         rules.setdefault(rule.lhs(), {})[rule.rhs()] = rule.prob()
     start, drawn = next(iter(rules)), []
     rules = {left: nltk.DictionaryProbDist(table) for left, table in rules.items()}
-    words = {role: nltk.DictionaryProbDist(dict(zip(rng.permutation(grammar.words[i]).tolist(), grammar.frequencies[i].tolist())))
-             for i, role in enumerate(grammar.roles[:-1])}  # fmt: skip
+    words = {
+        role: nltk.DictionaryProbDist(
+            dict(zip(rng.permutation(grammar.words[i]).tolist(), grammar.frequencies[i].tolist()))
+        )
+        for i, role in enumerate(grammar.roles[:-1])
+    }
 
     def expand(symbol):
         if isinstance(symbol, str):
@@ -90,11 +93,22 @@ def compiled_loop(grammar: Grammar, tokens: int):
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "loop.c", Path(folder) / "loop.so"
         source.write_text(RELEASED_LOOP)
-        subprocess.run([compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+        subprocess.run(
+            [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(source)],
+            check=True,
+        )
         loop = ctypes.CDLL(str(library)).sample
-    loop.restype, loop.argtypes = ctypes.c_long, [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_uint64]
+    loop.restype, loop.argtypes = (
+        ctypes.c_long,
+        [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_uint64],
+    )
     out, limit = np.empty(tokens, dtype=np.int32), np.cumsum(grammar.frequencies[0])
-    sizes = int(grammar.sizes[0]), int(grammar.sizes[-2]), grammar.file.document.per_document("sentence"), grammar.file.repetitions
+    sizes = (
+        int(grammar.sizes[0]),
+        int(grammar.sizes[-2]),
+        grammar.file.document.per_document("sentence"),
+        grammar.file.repetitions,
+    )
     return lambda: out[: loop(out.ctypes.data, tokens, limit.ctypes.data, *sizes, 1)]
 
 
@@ -108,7 +122,9 @@ class Rows(torch.utils.data.Dataset):
         return len(self.table) // self.context
 
     def __getitem__(self, window):
-        tokens = torch.tensor(self.table[window * self.context : (window + 1) * self.context]["token"])
+        tokens = torch.tensor(
+            self.table[window * self.context : (window + 1) * self.context]["token"]
+        )
         return {"input_ids": tokens, "labels": tokens}
 
 
@@ -130,8 +146,16 @@ def trainer_step(model, tokens, context: int, rows: int, steps: int = 12) -> flo
     with tempfile.TemporaryDirectory() as folder:
         datasets.Dataset.from_dict({"token": tokens.tolist()}).save_to_disk(f"{folder}/arrow")
         table = datasets.load_from_disk(f"{folder}/arrow")
-        settings = TrainingArguments(f"{folder}/out", per_device_train_batch_size=rows, max_steps=steps, use_cpu=True, report_to=[],
-                                     save_strategy="no", logging_strategy="no", disable_tqdm=True)  # fmt: skip
+        settings = TrainingArguments(
+            f"{folder}/out",
+            per_device_train_batch_size=rows,
+            max_steps=steps,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
         Trainer(model, settings, train_dataset=Rows(table, context), callbacks=[clock]).train()
     return float(np.median([end - begin for begin, end in pairwise(clock.ends[1:])]))
 
@@ -143,6 +167,8 @@ def as_the_release_does(model, tokens, furthest: int) -> None:
         for m in range(1, furthest + 1):
             for layer in range(m, len(blocks)):
                 model(input_ids=row[None], output_hidden_states=True)
-                hook = blocks[layer - m].register_forward_hook(lambda block, given, out: torch.zeros_like(out))
+                hook = blocks[layer - m].register_forward_hook(
+                    lambda block, given, out: torch.zeros_like(out)
+                )
                 model(input_ids=row[None], output_hidden_states=True)
                 hook.remove()

@@ -19,17 +19,16 @@ from contextlib import contextmanager
 import pandas as pd
 import torch
 from accelerate import Accelerator
-
 from baselines import as_the_release_does, compiled_loop, nltk_tokens, trainer_step
-from latentree import hydra
-from latentree.corpus import Stream, load_process
-from latentree.files import read_yaml
-from latentree.induction import measure
-from latentree.model import build_model, next_token_losses
-from latentree.optimizers import build_optimizers
-from latentree.resampling import stimulus
-from latentree.stimuli import stimuli
-from latentree.training import TrainingConfig
+from latentree.data.corpus import Stream, load_process
+from latentree.data.files import read_yaml
+from latentree.measure import hydra
+from latentree.measure.donors import stimulus
+from latentree.measure.induction import measure
+from latentree.measure.stimuli import stimuli
+from latentree.train.model import build_model, next_token_losses
+from latentree.train.optimizers import build_optimizers
+from latentree.train.training import TrainingConfig
 
 SIZES = "architecture layers width heads context batch_sequences optimizer".split()
 GIGA = 1e9
@@ -48,7 +47,9 @@ def seconds(work, repeats=5):
 
 def alone(work, *given, threads=1):
     """work(*given) in a new process with so many threads: its result and the process's peak memory in GB."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+    ) as pool:
         return pool.submit(with_peak, work, *given).result()
 
 
@@ -89,7 +90,9 @@ def matrix_peak(size=1024):
 def flops_per_token(config, vocabulary):
     """Of a training step: 6 for each weight of a matrix product, and attention's 12 x layers x width x context / 2."""
     mlp = config.mlp_width or 4 * config.width
-    weights = config.layers * (4 * config.width**2 + 3 * config.width * mlp) + vocabulary * config.width
+    weights = (
+        config.layers * (4 * config.width**2 + 3 * config.width * mlp) + vocabulary * config.width
+    )
     return 6 * weights + 6 * config.layers * config.width * config.context
 
 
@@ -97,7 +100,9 @@ def training_step(settings, name, repeats):
     """Seconds of a step, of its forward and backward runs alone, and of its batch from the stream; flops of a token."""
     config, process = TrainingConfig(tokens=10**9, **settings), load_process(name)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
-    model, *optimizers = Accelerator(cpu=True).prepare(model.train(), *build_optimizers(model, config))
+    model, *optimizers = Accelerator(cpu=True).prepare(
+        model.train(), *build_optimizers(model, config)
+    )
     stream = Stream(process, config.batch_sequences, config.context)
     batch = stream.next_batch()
 
@@ -154,7 +159,10 @@ def hydra_speed(settings, sequences=64, furthest=3):
     process, config = load_process("bound"), TrainingConfig(**settings)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes()).eval()
     shown, found = stimulus(process, sequences, config.context), []
-    ways = (lambda: hydra.measure(model, shown, kinds=("layer",)), lambda: as_the_release_does(model, shown.tokens, furthest))
+    ways = (
+        lambda: hydra.measure(model, shown, kinds=("layer",)),
+        lambda: as_the_release_does(model, shown.tokens, furthest),
+    )
     for way, repeats in zip(ways, (3, 1)):
         with counted(model) as passes:
             way()
@@ -170,10 +178,16 @@ def corpus_rows():
         speed, _ = alone(corpus_speed, name)
         yield f"corpus stream, {name}, one core", f"{speed / 1e6:.2f} M tokens/s"
         if name in ("bound", "released"):
-            yield f"nltk's own sampling, {name}, one core (no latents)", told_beside(alone(nltk_speed, name)[0], speed)
+            yield (
+                f"nltk's own sampling, {name}, one core (no latents)",
+                told_beside(alone(nltk_speed, name)[0], speed),
+            )
         if name == "released":
             loop, _ = alone(loop_speed)
-            yield "the release's algorithm as a loop in C, one core", "no compiler" if loop is None else told_beside(loop, speed)
+            yield (
+                "the release's algorithm as a loop in C, one core",
+                "no compiler" if loop is None else told_beside(loop, speed),
+            )
 
 
 def told_beside(other, ours):
@@ -185,35 +199,64 @@ def training_rows(model, settings, name, cores, repeats, steps):
     tokens, own, peaks = settings["batch_sequences"] * settings["context"], {}, {}
     for threads in sorted({1, cores}):
         peaks[threads], _ = alone(matrix_peak, threads=threads)
-        (own[threads], bare, drawing, flops), memory = alone(training_step, settings, name, repeats, threads=threads)
+        (own[threads], bare, drawing, flops), memory = alone(
+            training_step, settings, name, repeats, threads=threads
+        )
         share = flops * tokens / own[threads] / peaks[threads]
-        yield (f"training step, {model}, {threads} threads", f"{tokens / own[threads]:,.0f} tokens/s ({1000 * own[threads]:.0f} ms), {share:.0%} of the "
-               f"matrix-product peak of {peaks[threads] / GIGA:.0f} GFLOP/s; {memory:.2f} GB")  # fmt: skip
-        yield (f"of that step, {threads} threads", f"forward and backward {bare / own[threads]:.0%}, optimizer "
-               f"{1 - bare / own[threads]:.0%}; the corpus beside it {drawing / own[threads]:.2%}")  # fmt: skip
+        yield (
+            f"training step, {model}, {threads} threads",
+            f"{tokens / own[threads]:,.0f} tokens/s ({1000 * own[threads]:.0f} ms), {share:.0%} of the "
+            f"matrix-product peak of {peaks[threads] / GIGA:.0f} GFLOP/s; {memory:.2f} GB",
+        )
+        yield (
+            f"of that step, {threads} threads",
+            f"forward and backward {bare / own[threads]:.0%}, optimizer "
+            f"{1 - bare / own[threads]:.0%}; the corpus beside it {drawing / own[threads]:.2%}",
+        )
     if cores > 1:
         yield f"{model}: {cores} threads over one", f"{own[1] / own[cores]:.2f} times"
     theirs, memory = alone(trainers_step, settings, name, steps, threads=cores)
-    yield (f"transformers' Trainer (AdamW), {model}, {cores} threads", f"{tokens / theirs:,.0f} tokens/s (ours: {theirs / own[cores]:.2f} times); "
-           f"{memory:.2f} GB")  # fmt: skip
+    yield (
+        f"transformers' Trainer (AdamW), {model}, {cores} threads",
+        f"{tokens / theirs:,.0f} tokens/s (ours: {theirs / own[cores]:.2f} times); {memory:.2f} GB",
+    )
 
 
 def measuring_rows(settings, cores):
     took, memory = alone(measuring_speed, settings, threads=cores)
-    yield f"induction scores of one checkpoint, all heads, three stimuli, {cores} threads", f"{took:.2f} s; {memory:.2f} GB"
+    yield (
+        f"induction scores of one checkpoint, all heads, three stimuli, {cores} threads",
+        f"{took:.2f} s; {memory:.2f} GB",
+    )
     (ours, theirs), _ = alone(hydra_speed, settings, threads=cores)
-    yield "Hydra, 64 sequences, m to 3: one run per ablated layer", f"{ours[0]} forward passes, {ours[1]:,} positions, {ours[2]:.2f} s"
-    yield ("Hydra, the release's protocol", f"{theirs[0]} forward passes, {theirs[1]:,} positions, {theirs[2]:.2f} s "
-           f"(ours: {theirs[0] / ours[0]:.0f} times fewer passes, {theirs[2] / ours[2]:.0f} times faster)")  # fmt: skip
+    yield (
+        "Hydra, 64 sequences, m to 3: one run per ablated layer",
+        f"{ours[0]} forward passes, {ours[1]:,} positions, {ours[2]:.2f} s",
+    )
+    yield (
+        "Hydra, the release's protocol",
+        f"{theirs[0]} forward passes, {theirs[1]:,} positions, {theirs[2]:.2f} s "
+        f"(ours: {theirs[0] / ours[0]:.0f} times fewer passes, {theirs[2] / ours[2]:.0f} times faster)",
+    )
 
 
 def main():
     cores = os.cpu_count()
-    laptop, paper = ({name: value for name, value in read_yaml(f"params/{profile}/02_training.yaml").items() if name in SIZES}
-                     for profile in ("laptop", "paper"))  # fmt: skip
+    laptop, paper = (
+        {
+            name: value
+            for name, value in read_yaml(f"params/{profile}/02_training.yaml").items()
+            if name in SIZES
+        }
+        for profile in ("laptop", "paper")
+    )
     paper |= {"batch_sequences": 4}  # of 64: a step of the whole batch takes half a minute on a CPU
-    rows = [*corpus_rows(), *training_rows("laptop model", laptop, "bound", cores, 9, 14),
-            *training_rows("paper's model, 4 sequences", paper, "released", cores, 2, 5), *measuring_rows(laptop, cores)]  # fmt: skip
+    rows = [
+        *corpus_rows(),
+        *training_rows("laptop model", laptop, "bound", cores, 9, 14),
+        *training_rows("paper's model, 4 sequences", paper, "released", cores, 2, 5),
+        *measuring_rows(laptop, cores),
+    ]
     print(pd.DataFrame(rows, columns=["what", "median"]).to_markdown(index=False))
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from latentree.exercises import has_tag
-from latentree.files import read_json
-from latentree.record import output_folder
-from latentree.report import as_markdown
+from latentree.data.files import read_json
+from latentree.run.exercises import has_tag
+from latentree.run.record import output_folder
+from latentree.run.report import as_markdown
 from PIL import Image
 
 DOCS, BOOK = Path(__file__).parent, Path("build/book")
@@ -47,7 +47,11 @@ def linked(text: str, own: str, names: dict) -> str:
     """Markdown with links from `notebook 03` to that notebook, and from cited works to the references; code is left alone."""
 
     def numbers(match):
-        return re.sub(r"\b0[1-8]\b", lambda n: n[0] if n[0] == own else f"[{n[0]}]({names[n[0]]}.ipynb)", match[0])
+        return re.sub(
+            r"\b0[1-8]\b",
+            lambda n: n[0] if n[0] == own else f"[{n[0]}]({names[n[0]]}.ipynb)",
+            match[0],
+        )
 
     pieces = re.split(r"(```.*?```|`[^`\n]*`|\$[^$\n]+\$)", text, flags=re.DOTALL)
     for at in range(0, len(pieces), 2):
@@ -67,8 +71,14 @@ def page_of(path: Path, names: dict):
             cell.source = linked(cell.source, path.name[:2], names)
         elif has_tag(cell, "solution"):
             cell.metadata.tags.append("hide-input")
-        saved = [name for name in re.findall(r'"(\d\d_\w+)"', cell.source) if (figures / f"{name}.png").exists()]
-        if cell.cell_type == "code" and any("image/png" in output.get("data", {}) for output in cell.outputs):
+        saved = [
+            name
+            for name in re.findall(r'"(\d\d_\w+)"', cell.source)
+            if (figures / f"{name}.png").exists()
+        ]
+        if cell.cell_type == "code" and any(
+            "image/png" in output.get("data", {}) for output in cell.outputs
+        ):
             described = Image.open(figures / f"{saved[-1]}.png").text["Description"]
             cell.metadata["mystnb"] = {"image": {"alt": f"{section}: {described}"}}
     title, rest = notebook.cells[0].source.split("\n", 1)
@@ -78,9 +88,17 @@ def page_of(path: Path, names: dict):
 
 def exercise_list(pages: dict) -> str:
     """A table of all exercises: notebook, title, difficulty."""
-    rows = [(f"[{name[:2]}]({name}.ipynb)", title, level) for name, notebook in pages.items() for cell in notebook.cells
-            for title, level in re.findall(r"^### Exercise \d+ · (.+) \((\w+)\)$", cell.source, re.MULTILINE)]  # fmt: skip
-    return pd.DataFrame(rows, columns=["notebook", "exercise", "difficulty"]).to_markdown(index=False)
+    rows = [
+        (f"[{name[:2]}]({name}.ipynb)", title, level)
+        for name, notebook in pages.items()
+        for cell in notebook.cells
+        for title, level in re.findall(
+            r"^### Exercise \d+ · (.+) \((\w+)\)$", cell.source, re.MULTILINE
+        )
+    ]
+    return pd.DataFrame(rows, columns=["notebook", "exercise", "difficulty"]).to_markdown(
+        index=False
+    )
 
 
 def minutes_of(folder: Path) -> str:
@@ -102,12 +120,35 @@ def main() -> int:
     for name, notebook in pages.items():
         nbformat.write(notebook, source / f"{name}.ipynb")
     modules = sorted(path.stem for path in (DOCS / "library").glob("*.md") if path.stem != "index")
-    filled = {"NOTEBOOKS": "\n".join(pages), "EXERCISES": exercise_list(pages), "MINUTES": minutes_of(folder),
-              "CLAIMS": as_markdown(folder), "MODULES": "\n".join(modules)}  # fmt: skip
+    filled = {
+        "NOTEBOOKS": "\n".join(pages),
+        "EXERCISES": exercise_list(pages),
+        "MINUTES": minutes_of(folder),
+        "CLAIMS": as_markdown(folder),
+        "MODULES": "\n".join(modules),
+    }
     for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(rf"^({'|'.join(filled)})$", lambda match: filled[match[0]], text, flags=re.MULTILINE), encoding="utf-8")
-    return subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", source, BOOK / "html"]).returncode
+        page.write_text(
+            re.sub(
+                rf"^({'|'.join(filled)})$", lambda match: filled[match[0]], text, flags=re.MULTILINE
+            ),
+            encoding="utf-8",
+        )
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-W",
+            "--keep-going",
+            "-q",
+            "-b",
+            "html",
+            source,
+            BOOK / "html",
+        ]
+    ).returncode
 
 
 if __name__ == "__main__":

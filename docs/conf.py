@@ -8,7 +8,10 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.bibtex", "sphinx-m
 
 exclude_patterns = ["README.md"]  # index.md includes a part of it
 nb_execution_mode = "off"
-nb_code_prompt_show, nb_code_prompt_hide = "Show the solution", "Hide the solution"  # nothing else is folded
+nb_code_prompt_show, nb_code_prompt_hide = (
+    "Show the solution",
+    "Hide the solution",
+)  # nothing else is folded
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 bibtex_bibfiles = ["references.bib"]
@@ -19,7 +22,12 @@ autodoc_typehints = "signature"
 default_role = "code"
 
 html_theme = "sphinx_book_theme"
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False, "navbar_persistent": []}
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+    "navbar_persistent": [],
+}
 html_static_path, html_css_files = ["_static"], ["book.css"]
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_show_copyright = html_show_sourcelink = False
@@ -30,7 +38,10 @@ def as_rst(app, what, name, obj, options, lines):
     """Docstrings here are plain text with code in single backticks: what reStructuredText would read as markup is escaped."""
     for number, line in enumerate(lines):
         parts = line.split("`")
-        parts[::2] = [part.replace("\\", "\\\\").replace("*", "\\*").replace("|", "\\|").replace("_", "\\_") for part in parts[::2]]
+        parts[::2] = [
+            part.replace("\\", "\\\\").replace("*", "\\*").replace("|", "\\|").replace("_", "\\_")
+            for part in parts[::2]
+        ]
         lines[number] = "`".join(parts)
     spaced = []
     for line in lines:  # a list, or a block that is set in, stands between empty lines

@@ -1,8 +1,7 @@
 """GPT-2 models whose weights are set by hand, so that what their heads do is known."""
 
 import torch
-
-from latentree.model import build_model
+from latentree.train.model import build_model
 
 VOCABULARY, CONTEXT = 60, 32
 # The residual stream, block by block: the token, the position, the token before, and the prediction.
@@ -37,11 +36,15 @@ def set_head(model, layer, head, queries=(), keys=(), moves=None):
     for part, reads in enumerate((queries, keys)):
         for block, matrix in reads:
             columns = slice(part * WIDTH + own.start, part * WIDTH + own.stop)
-            attention.c_attn.weight.data[block, columns] += torch.nn.functional.pad(matrix, (0, HEAD_DIM - matrix.shape[1]))
+            attention.c_attn.weight.data[block, columns] += torch.nn.functional.pad(
+                matrix, (0, HEAD_DIM - matrix.shape[1])
+            )
     if moves:
         source, target = moves
         size = source.stop - source.start
-        attention.c_attn.weight.data[source, 2 * WIDTH + own.start : 2 * WIDTH + own.start + size] = torch.eye(size)
+        attention.c_attn.weight.data[
+            source, 2 * WIDTH + own.start : 2 * WIDTH + own.start + size
+        ] = torch.eye(size)
         attention.c_proj.weight.data[own.start : own.start + size, target] = torch.eye(size)
 
 
@@ -65,7 +68,13 @@ def duplicate_model():
     model = blank_model()
     token = torch.eye(VOCABULARY, VOCABULARY + CONTEXT)
     place = torch.eye(CONTEXT, VOCABULARY + CONTEXT).roll(VOCABULARY, 1)
-    set_head(model, 0, 1, [(TOKEN, SHARP * token), (PLACE, -2 * SHARP * place)], [(TOKEN, token), (PLACE, place)])
+    set_head(
+        model,
+        0,
+        1,
+        [(TOKEN, SHARP * token), (PLACE, -2 * SHARP * place)],
+        [(TOKEN, token), (PLACE, place)],
+    )
     return model
 
 
@@ -82,7 +91,10 @@ def repair_model(later="head", share=1.0):
     constant = STEADY * (WIDTH / 2) ** 0.5
     stream.wpe.weight.data[:, BEFORE.start : BEFORE.start + 2] = torch.tensor([constant, -constant])
     model.lm_head.weight.data[:, NEXT] = STEADY * torch.eye(VOCABULARY)
-    itself = {"queries": [(PLACE, SHARP * place)], "keys": [(PLACE, place)]}  # it attends to its own position
+    itself = {
+        "queries": [(PLACE, SHARP * place)],
+        "keys": [(PLACE, place)],
+    }  # it attends to its own position
     set_head(model, 0, 0, **itself, moves=(TOKEN, NEXT))
     stream.h[0].attn.c_proj.weight.data *= STEADY
     if later == "mlp":  # gelu(x) - gelu(-x) = x

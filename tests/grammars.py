@@ -1,8 +1,7 @@
 """Small grammars for the tests: one recursive, one with shared tokens, and random ones for hypothesis."""
 
 from hypothesis import strategies as st
-
-from latentree.grammar import Grammar
+from latentree.data.grammar import Grammar
 
 RECURSIVE = """
 Sentence -> Group Action [1.0]
@@ -19,22 +18,34 @@ LAYOUT = {"sections": 1, "paragraphs": 2, "sentences": 3}
 
 def make(sentence=CLAUSES, **fields):
     """A grammar from a sentence grammar, with any field of a grammar file replaced."""
-    content = {"name": "tiny", "about": "for tests", "sentence": sentence, "roles": ROLES, "document": LAYOUT,
-               "redraw": {"document": 1.0}}
+    content = {
+        "name": "tiny",
+        "about": "for tests",
+        "sentence": sentence,
+        "roles": ROLES,
+        "document": LAYOUT,
+        "redraw": {"document": 1.0},
+    }
     return Grammar(content | fields)
 
 
 @st.composite
 def sentence_grammars(draw):
     """Random finite sentence grammars over the roles a, b, c with two or three levels of nonterminals."""
+
     def weights(n):
         raw = [draw(st.integers(1, 9)) for _ in range(n)]
         return [w / sum(raw) for w in raw]
 
     def rule(left, below):
         symbols = [*below, "'a'", "'b'", "'c'"]
-        sides = [" ".join(draw(st.lists(st.sampled_from(symbols), min_size=1, max_size=3))) for _ in range(draw(st.integers(1, 3)))]
-        return f"{left} -> " + " | ".join(f"{side} [{p:.6f}]" for side, p in zip(sides, weights(len(sides))))
+        sides = [
+            " ".join(draw(st.lists(st.sampled_from(symbols), min_size=1, max_size=3)))
+            for _ in range(draw(st.integers(1, 3)))
+        ]
+        return f"{left} -> " + " | ".join(
+            f"{side} [{p:.6f}]" for side, p in zip(sides, weights(len(sides)))
+        )
 
     middle = rule("M", [])
     return f"S -> M 'a' [0.3] | 'b' M 'c' [0.3] | M M [0.4]\n{middle}"
@@ -43,4 +54,10 @@ def sentence_grammars(draw):
 def random_grammar(sentence, binding, redraw):
     """A Grammar for a sentence grammar over a, b, c."""
     roles = {"a": {"size": 3, "zipf": 1.0}, "b": {"size": 4, "zipf": 0.5}, "c": {"size": 2}}
-    return make(sentence, roles=roles, binding=binding, habits={"b": "a", "c": "b"} if binding else {}, redraw=redraw)
+    return make(
+        sentence,
+        roles=roles,
+        binding=binding,
+        habits={"b": "a", "c": "b"} if binding else {},
+        redraw=redraw,
+    )

@@ -2,11 +2,11 @@
 
 import torch
 from baselines import Rows, compiled_loop, nltk_tokens, trainer_step
-from latentree.corpus import load_process
-from latentree.model import build_model
-from latentree.parsing import legal_sentences
+from latentree.data.corpus import load_process
+from latentree.exact.parser import legal_sentences
+from latentree.train.model import build_model
+from latentree.train.training import TrainingConfig
 from speed import SIZES, alone, flops_per_token, matrix_peak
-from latentree.training import TrainingConfig
 
 torch.set_num_threads(1)
 
@@ -22,7 +22,9 @@ def test_nltk_and_the_compiled_loop_sample_the_released_grammar():
         assert abs(len(tokens) / int((tokens == grammar.end).sum()) - 6) < 0.1  # tokens a sentence
         subjects = tokens[tokens < 300]
         document = torch.bincount(subjects[:2000], minlength=300)
-        assert document.max() > 3 * document.float().mean()  # some words are frequent in the first documents ...
+        assert (
+            document.max() > 3 * document.float().mean()
+        )  # some words are frequent in the first documents ...
         assert torch.bincount(subjects, minlength=300).min() > 0  # ... and no word is never used
 
 

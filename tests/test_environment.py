@@ -11,8 +11,17 @@ from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NEEDED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"] + PROJECT["optional-dependencies"]["book"]]
-PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+NEEDED = [
+    Requirement(text)
+    for text in PROJECT["dependencies"]
+    + PROJECT["optional-dependencies"]["test"]
+    + PROJECT["optional-dependencies"]["book"]
+]
+PINS = [
+    line
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
 
 
@@ -44,5 +53,9 @@ def test_the_continuous_integration_runs_make_test_and_nothing_else():
 
 def test_make_test_runs_pytest_and_make_installs_with_the_pins():
     makefile = (ROOT / "Makefile").read_text()
-    assert re.search(r"^test: .venv/.installed browser\n\t\.venv/bin/python -m pytest -n 2$", makefile, re.MULTILINE)
+    assert re.search(
+        r"^test: .venv/.installed browser\n\t\.venv/bin/python -m pytest -n 2$",
+        makefile,
+        re.MULTILINE,
+    )
     assert makefile.count("-c constraints.txt -e '.[test,book]'") == 2

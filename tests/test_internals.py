@@ -1,15 +1,16 @@
 import pytest
 import torch
+from latentree.inside.names import NAMES, Internals, norm_gain, read_attention, weight
+from latentree.train.model import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from latentree.errors import UserError
-from latentree.internals import NAMES, Internals, norm_gain, read_attention, weight
-from latentree.model import build_model
 
 torch.set_num_threads(1)
 SIZES = {"layers": 2, "width": 16, "heads": 2, "context": 12}
 # Grouped queries, and OLMo's bound on values, are checked beside the plain architectures.
-MODELS = [(name, {}) for name in NAMES] + [("llama", {"num_key_value_heads": 1}), ("olmo", {"clip_qkv": 0.02})]
+MODELS = [(name, {}) for name in NAMES] + [
+    ("llama", {"num_key_value_heads": 1}),
+    ("olmo", {"clip_qkv": 0.02}),
+]
 
 
 def random_model(architecture, **config):
@@ -45,7 +46,11 @@ def test_heads_add_up_to_the_attention(architecture, config):
     inside = Internals(model)
     tokens = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
     for layer in range(2):
-        modules = {"o_proj": inside.o_proj(layer), "attention": inside.attention(layer), "values": inside.value_proj(layer)}
+        modules = {
+            "o_proj": inside.o_proj(layer),
+            "attention": inside.attention(layer),
+            "values": inside.value_proj(layer),
+        }
         seen = caught(model, tokens, **modules)
         z = seen["o_proj"][0].unflatten(-1, (inside.heads, inside.head_dim))
         added, pattern = seen["attention"][1]
@@ -55,7 +60,9 @@ def test_heads_add_up_to_the_attention(architecture, config):
         # A head mixes its own values, and the values are what its matrix makes of the attention's input.
         read, projected = seen["values"]
         value = inside.values(projected)
-        torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", pattern, value), z, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            torch.einsum("bhqk,bkhd->bqhd", pattern, value), z, atol=1e-5, rtol=0
+        )
         if not config.get("clip_qkv"):
             shift = getattr(inside.value_proj(layer), "bias", None)
             shift = 0 if shift is None else inside.values(shift)
@@ -70,7 +77,12 @@ def test_queries_and_keys_give_the_attention_scores():
         if "c_attn.bias" in name:
             parameter.data.zero_()
     inside = Internals(model)
-    seen = caught(model, torch.arange(12).remainder(11)[None], values=inside.value_proj(0), attention=inside.attention(0))
+    seen = caught(
+        model,
+        torch.arange(12).remainder(11)[None],
+        values=inside.value_proj(0),
+        attention=inside.attention(0),
+    )
     w_q, w_k, _ = inside.projections(0)
     read = seen["values"][0]
     scores = torch.einsum("bqw,hwd,hvd,bkv->bhqk", read, w_q, w_k, read) / inside.head_dim**0.5
@@ -83,26 +95,42 @@ def test_norms_and_tables(architecture):
     model = random_model(architecture)
     inside = Internals(model)
     tokens = torch.arange(11)[None]
-    seen = caught(model, tokens, block=inside.blocks[0], attention=inside.attention(0), norm=inside.final_norm,
-                  mlp=inside.mlp(0), embedding=inside.embedding, unembedding=inside.unembedding)  # fmt: skip
+    seen = caught(
+        model,
+        tokens,
+        block=inside.blocks[0],
+        attention=inside.attention(0),
+        norm=inside.final_norm,
+        mlp=inside.mlp(0),
+        embedding=inside.embedding,
+        unembedding=inside.unembedding,
+    )
     assert torch.equal(seen["embedding"][1], inside.embedding.weight[tokens])
     stream, normed = seen["norm"]
     bias = getattr(inside.final_norm, "bias", None)
     ratio = (normed if bias is None else normed - bias) / norm_gain(inside.final_norm, stream)
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(normed @ weight(inside.unembedding).T, seen["unembedding"][1], atol=1e-5, rtol=0)
-    assert (inside.input_norm(0) is None) == (inside.output_norm(0) is not None) == (architecture == "olmo2")
+    torch.testing.assert_close(
+        normed @ weight(inside.unembedding).T, seen["unembedding"][1], atol=1e-5, rtol=0
+    )
+    assert (
+        (inside.input_norm(0) is None)
+        == (inside.output_norm(0) is not None)
+        == (architecture == "olmo2")
+    )
     assert inside.blocks[0] is not inside.blocks[1] and seen["mlp"][1].shape == (1, 11, 16)
 
 
 def test_other_models_are_refused_by_name():
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 11}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", intermediate_size=16, **sizes))
-    with pytest.raises(UserError, match="'mistral'.* use one of llama"):
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mistral", intermediate_size=16, **sizes)
+    )
+    with pytest.raises(ValueError, match="'mistral'.* use one of llama"):
         Internals(model)
     model = random_model("llama")
     model.model.layers[1].self_attn.o_proj = torch.nn.Linear(15, 16)
-    with pytest.raises(UserError, match="o_proj of layer 1: reads 15 .* 2 heads of 8"):
+    with pytest.raises(ValueError, match="o_proj of layer 1: reads 15 .* 2 heads of 8"):
         Internals(model)
     assert Internals(random_model("llama", num_key_value_heads=1)).kv_heads == 1
 

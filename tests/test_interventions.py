@@ -1,11 +1,15 @@
 import pytest
 import torch
+from latentree.inside.names import Internals
+from latentree.inside.trace import (
+    ablated_losses,
+    another,
+    attention_patterns,
+    head_outputs,
+    replaced_logits,
+)
+from latentree.train.model import next_token_losses
 from test_internals import MODELS, random_model
-
-from latentree.errors import UserError
-from latentree.internals import Internals
-from latentree.interventions import ablated_losses, another, attention_patterns, head_outputs, replaced_logits
-from latentree.model import next_token_losses
 
 TOKENS = torch.randint(11, (5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -61,13 +65,18 @@ def test_ablations_agree_with_plain_hooks(architecture, config):
 def test_what_changes_nothing():
     model = random_model("llama")
     with torch.no_grad():
-        clean, logits = next_token_losses(model(input_ids=TOKENS).logits, TOKENS), model(input_ids=TOKENS).logits
+        clean, logits = (
+            next_token_losses(model(input_ids=TOKENS).logits, TOKENS),
+            model(input_ids=TOKENS).logits,
+        )
     for how in ("mean", "resample", "pattern"):
         torch.testing.assert_close(ablated_losses(model, TOKENS, [], how), clean, atol=1e-6, rtol=0)
     z, patterns = head_outputs(model, TOKENS), attention_patterns(model, TOKENS)
     own = {(layer, head): z[layer, :, :, head] for layer in range(2) for head in range(2)}
     torch.testing.assert_close(replaced_logits(model, TOKENS, own), logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(replaced_logits(model, TOKENS, {(0, 0): own[0, 0]}, patterns), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        replaced_logits(model, TOKENS, {(0, 0): own[0, 0]}, patterns), logits, atol=1e-5, rtol=0
+    )
 
 
 def test_means_are_over_the_reference():
@@ -75,21 +84,28 @@ def test_means_are_over_the_reference():
     reference = TOKENS[:2, :6].flip(1)
     mean = head_outputs(model, reference)[1, :, :, 1].mean((0, 1))
     found = ablated_losses(model, TOKENS, [(1, 1)], "mean", reference)
-    torch.testing.assert_close(found, hooked_losses(model, TOKENS, {(1, 1): mean}), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found, hooked_losses(model, TOKENS, {(1, 1): mean}), atol=1e-5, rtol=0
+    )
 
 
 def test_every_sequence_gets_another():
     for count in range(2, 9):
         donor = another(count, seed=count)
-        assert sorted(donor.tolist()) == list(range(count)) and not (donor == torch.arange(count)).any()
-    assert torch.equal(another(50, 1), another(50, 1)) and not torch.equal(another(50, 1), another(50, 2))
+        assert (
+            sorted(donor.tolist()) == list(range(count))
+            and not (donor == torch.arange(count)).any()
+        )
+    assert torch.equal(another(50, 1), another(50, 1)) and not torch.equal(
+        another(50, 1), another(50, 2)
+    )
 
 
 def test_bad_input_is_named():
     model = random_model("llama")
-    with pytest.raises(UserError, match="how = 'zero'.* mean, resample, pattern"):
+    with pytest.raises(ValueError, match="how = 'zero'.* mean, resample, pattern"):
         ablated_losses(model, TOKENS, [(0, 0)], "zero")
-    with pytest.raises(UserError, match=r"head \(2, 0\).* layers below 2"):
+    with pytest.raises(ValueError, match=r"head \(2, 0\).* layers below 2"):
         ablated_losses(model, TOKENS, [(2, 0)], "mean")
-    with pytest.raises(UserError, match="1 sequence"):
+    with pytest.raises(ValueError, match="1 sequence"):
         ablated_losses(model, TOKENS[:1], [(0, 0)], "resample")

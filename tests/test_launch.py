@@ -11,16 +11,26 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from latentree.checkpoints import LocalSeries
-from latentree.corpus import Stream, held_out, load_process
-from latentree.launch import jobs_of, main
-from latentree.params import declared
-from latentree.side_by_side import train_all
-from latentree.training import CARD, TrainingConfig, train
+from latentree.data.corpus import Stream, held_out, load_process
+from latentree.run.parameters import declared
+from latentree.series.checkpoints import LocalSeries
+from latentree.train.launch import jobs_of, main
+from latentree.train.side_by_side import train_all
+from latentree.train.training import CARD, TrainingConfig, train
 
 torch.set_num_threads(1)
-TINY = {"profile": "smoke", "corpora": ["bound"], "tokens": [40 * 4 * 32], "layers": 2, "width": 16, "heads": 2, "context": 32,
-        "batch_sequences": 4, "checkpoints": 3, "held_out_sequences": 4}  # fmt: skip
+TINY = {
+    "profile": "smoke",
+    "corpora": ["bound"],
+    "tokens": [40 * 4 * 32],
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "context": 32,
+    "batch_sequences": 4,
+    "checkpoints": 3,
+    "held_out_sequences": 4,
+}
 
 
 def params(folder, **changes):
@@ -31,9 +41,20 @@ def params(folder, **changes):
 
 def launched(folder, processes, **changes):
     """What accelerate launch starts on several GPUs, on CPUs."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "latentree.launch"]
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+        "-m",
+        "latentree.train.launch",
+    ]
     line += params(folder, **changes)
-    return subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        line, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
 
 
 def losses(folder):
@@ -77,7 +98,10 @@ def test_a_stream_goes_on_with_another_number_of_processes(before, after):
     process, rows = load_process("bound", "params/grammars"), 4
 
     def streams(count):
-        return [Stream(process, rows // count, 48, first_row=i * rows // count, total_rows=rows) for i in range(count)]
+        return [
+            Stream(process, rows // count, 48, first_row=i * rows // count, total_rows=rows)
+            for i in range(count)
+        ]
 
     def batch(parts):
         return torch.cat([part.next_batch() for part in parts])
@@ -94,21 +118,42 @@ def test_a_stream_goes_on_with_another_number_of_processes(before, after):
 
 def test_micro_batches_change_the_memory_and_not_the_training(tmp_path):
     process = load_process("bound", "params/grammars")
-    sizes = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 5, "tokens": 20 * 5 * 32, "checkpoints_log": 0}
-    found = [train(TrainingConfig(**sizes, micro_batches=parts), process, held_out(process, 4, 32)["tokens"], tmp_path / str(parts), device="cpu",
-                   progress=False) for parts in (1, 2)]
+    sizes = {
+        "layers": 1,
+        "width": 16,
+        "heads": 2,
+        "context": 32,
+        "batch_sequences": 5,
+        "tokens": 20 * 5 * 32,
+        "checkpoints_log": 0,
+    }
+    found = [
+        train(
+            TrainingConfig(**sizes, micro_batches=parts),
+            process,
+            held_out(process, 4, 32)["tokens"],
+            tmp_path / str(parts),
+            device="cpu",
+            progress=False,
+        )
+        for parts in (1, 2)
+    ]
     assert np.abs(found[0].loss - found[1].loss).max() < 1e-5
 
 
 def test_a_compiled_model_trains_alike_and_its_checkpoints_load(alone, tmp_path, monkeypatch):
     original = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))  # needs no compiler
+    monkeypatch.setattr(
+        torch, "compile", lambda model: original(model, backend="aot_eager")
+    )  # needs no compiler
     assert main(params(tmp_path, compiled=True)) == 0
     assert np.abs(losses(alone).loss - losses(tmp_path).loss).max() < 1e-5
     series = LocalSeries(tmp_path / "checkpoints" / "bound" / "seed-0")
     other = LocalSeries(alone / "checkpoints" / "bound" / "seed-0")
     pair = [one.load(one.steps[-1]).state_dict() for one in (series, other)]
-    assert pair[0].keys() == pair[1].keys() and all((pair[0][name] - pair[1][name]).abs().max() < 1e-3 for name in pair[0])
+    assert pair[0].keys() == pair[1].keys() and all(
+        (pair[0][name] - pair[1][name]).abs().max() < 1e-3 for name in pair[0]
+    )
 
 
 def test_the_notebook_finds_what_was_launched(alone):
@@ -123,12 +168,21 @@ def test_the_notebook_finds_what_was_launched(alone):
 def test_one_of_several_trainings_is_launched(tmp_path, capsys):
     given = params(tmp_path, corpora=["bound", "bound-flat"], tokens=[512, 512], seeds=[0, 1])
     assert main([*given, "--corpus", "bound-flat", "--seed", "1"]) == 0
-    assert [str(card.parent.relative_to(tmp_path / "checkpoints")) for card in tmp_path.rglob(CARD)] == ["bound-flat/seed-1"]
+    assert [
+        str(card.parent.relative_to(tmp_path / "checkpoints")) for card in tmp_path.rglob(CARD)
+    ] == ["bound-flat/seed-1"]
     assert main([*given, "--corpus", "bound", "--seed", "7"]) == 2
-    assert "--corpus bound --seed 7: not in params.yaml; its corpora are bound, bound-flat, its seeds [0, 1]" in capsys.readouterr().err
+    assert (
+        "--corpus bound --seed 7: not in params.yaml; its corpora are bound, bound-flat, its seeds [0, 1]"
+        in capsys.readouterr().err
+    )
 
 
 def test_bad_parameters_are_told_in_one_line(tmp_path, capsys):
     assert main(params(tmp_path, batch_sequences=0)) == 2
     line = capsys.readouterr().err.strip()
-    assert "\n" not in line and "batch_sequences = 0" in line and not (tmp_path / "checkpoints").exists()
+    assert (
+        "\n" not in line
+        and "batch_sequences = 0" in line
+        and not (tmp_path / "checkpoints").exists()
+    )

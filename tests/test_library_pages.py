@@ -14,11 +14,19 @@ INSIDE = {"__init__"}
 
 def public_names(module):
     tree = ast.parse(Path(f"lib/latentree/{module}.py").read_text())
-    return [x.name for x in tree.body if isinstance(x, (ast.FunctionDef, ast.ClassDef)) and not x.name.startswith("_") and x.name != "main"]
+    return [
+        x.name
+        for x in tree.body
+        if isinstance(x, (ast.FunctionDef, ast.ClassDef))
+        and not x.name.startswith("_")
+        and x.name != "main"
+    ]
 
 
 def examples(page):
-    return "\n".join(re.findall(r"^```pycon\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+    return "\n".join(
+        re.findall(r"^```pycon\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    )
 
 
 def test_every_module_has_a_page():
@@ -35,6 +43,8 @@ def test_every_public_function_has_an_example(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run(page, capsys):
-    test = doctest.DocTestParser().get_doctest(examples(page), {"__name__": "__main__"}, page.name, str(page), 0)
+    test = doctest.DocTestParser().get_doctest(
+        examples(page), {"__name__": "__main__"}, page.name, str(page), 0
+    )
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert test.examples and runner.run(test).failed == 0, capsys.readouterr().out

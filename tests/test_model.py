@@ -1,10 +1,8 @@
 import pytest
 import torch
+from latentree.train.model import ARCHITECTURES, build_model, parameter_count
+from latentree.train.optimizers import hidden_matrices
 from transformers import AutoModelForCausalLM
-
-from latentree.errors import UserError
-from latentree.model import ARCHITECTURES, build_model, parameter_count
-from latentree.optimizers import hidden_matrices
 
 torch.set_num_threads(1)
 SIZES = {"vocabulary_size": 11, "layers": 2, "width": 16, "heads": 2, "context": 12}
@@ -55,7 +53,9 @@ def test_hidden_matrices_are_those_of_the_layers(architecture):
     model = build_model(architecture, **SIZES)
     found = {id(p) for p in hidden_matrices(model)}
     names = {name for name, p in model.named_parameters() if id(p) in found}
-    assert names == {n for n, p in model.named_parameters() if p.ndim == 2 and (".layers." in n or ".h." in n)}
+    assert names == {
+        n for n, p in model.named_parameters() if p.ndim == 2 and (".layers." in n or ".h." in n)
+    }
     assert len(names) == 2 * {"gpt2": 4, "gpt_neox": 4}.get(architecture, 7)
 
 
@@ -72,7 +72,7 @@ def test_hidden_matrices_are_those_of_the_layers(architecture):
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, thing):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ValueError) as error:
         build_model(**{"architecture": "llama"} | SIZES | change)
     assert str(error.value).startswith(thing) and "\n" not in str(error.value)
     assert "give" in str(error.value) or "choose" in str(error.value)

@@ -4,10 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from latentree.run.parameters import check, declared, load, validate
 from tiny import PARAMETERS, write_notebook
-
-from latentree.errors import UserError
-from latentree.params import check, declared, load, validate
 
 BAD_VALUES = [
     ({"sede": 1}, "sede", "seed"),
@@ -44,13 +42,18 @@ layers: int = 2  # transformer blocks
 optimizer: str = "adamw"  # adamw or muon
 device: str = "auto"  # auto, cpu or cuda
 """
-    return declared(write_notebook(tmp_path_factory.mktemp("n") / "01_a.ipynb", parameters=PARAMETERS + more))
+    return declared(
+        write_notebook(tmp_path_factory.mktemp("n") / "01_a.ipynb", parameters=PARAMETERS + more)
+    )
 
 
 def test_a_declaration_has_type_default_and_meaning(declarations):
     seed = declarations["seed"]
     assert (seed.type, seed.default, seed.meaning) == ("int", 0, "of all random numbers")
-    assert list(declarations) == "profile out seed learning_rate checkpoint seeds layers optimizer device".split()
+    assert (
+        list(declarations)
+        == "profile out seed learning_rate checkpoint seeds layers optimizer device".split()
+    )
 
 
 def test_good_values_pass_and_a_whole_number_becomes_a_float(declarations):
@@ -61,9 +64,13 @@ def test_good_values_pass_and_a_whole_number_becomes_a_float(declarations):
 
 @pytest.mark.parametrize("values, thing, mend", BAD_VALUES, ids=lambda part: str(part)[:30])
 def test_bad_values_are_refused_with_their_mend(declarations, values, thing, mend):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(ValueError) as refusal:
         check(values, declarations)
-    assert thing in str(refusal.value) and mend in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (
+        thing in str(refusal.value)
+        and mend in str(refusal.value)
+        and "\n" not in str(refusal.value)
+    )
 
 
 BAD_CELLS = [
@@ -84,13 +91,17 @@ BAD_CELLS = [
 
 @pytest.mark.parametrize("cell, mend", BAD_CELLS, ids=[cell for cell, _ in BAD_CELLS])
 def test_bad_declarations_are_refused_with_their_mend(tmp_path, cell, mend):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(ValueError) as refusal:
         declared(write_notebook(tmp_path / "01_a.ipynb", parameters=cell))
-    assert "01_a.ipynb" in str(refusal.value) and mend in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (
+        "01_a.ipynb" in str(refusal.value)
+        and mend in str(refusal.value)
+        and "\n" not in str(refusal.value)
+    )
 
 
 def test_a_notebook_without_a_parameters_cell_is_refused(tmp_path):
-    with pytest.raises(UserError, match="0 cells are tagged `parameters`"):
+    with pytest.raises(ValueError, match="0 cells are tagged `parameters`"):
         declared(write_notebook(tmp_path / "01_a.ipynb", tag="other"))
 
 
@@ -109,22 +120,31 @@ BAD_FILES = [
 def test_bad_files_are_refused_with_their_mend(tmp_path, text, mend):
     file = tmp_path / "a.yaml"
     file.write_text(text)
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(ValueError) as refusal:
         load(file)
-    assert "a.yaml" in str(refusal.value) and mend in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (
+        "a.yaml" in str(refusal.value)
+        and mend in str(refusal.value)
+        and "\n" not in str(refusal.value)
+    )
 
 
 def test_a_file_that_is_missing_a_folder_or_no_text_is_refused(tmp_path):
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\xff")
     for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "a.yaml"):
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             load(path)
 
 
 def test_validate_checks_current_values_of_annotated_names():
-    namespace = {"__annotations__": {"seed": int, "seeds": list[int]}, "seed": 1, "seeds": [0], "other": object()}
+    namespace = {
+        "__annotations__": {"seed": int, "seeds": list[int]},
+        "seed": 1,
+        "seeds": [0],
+        "other": object(),
+    }
     assert validate(namespace) == SimpleNamespace(seed=1, seeds=[0])
-    with pytest.raises(UserError, match="write 1.0e-3"):
+    with pytest.raises(ValueError, match="write 1.0e-3"):
         validate({"__annotations__": {"learning_rate": float}, "learning_rate": "1e-3"})
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from latentree.report import BEGIN, END, as_markdown, claims_of, main
-from latentree.run import output_folder
+from latentree.run.execution import output_folder
+from latentree.run.report import BEGIN, END, as_markdown, claims_of, main
 
 
 def test_the_readme_shows_the_committed_claims():
@@ -19,8 +19,17 @@ def test_the_readme_shows_the_committed_claims():
 def test_every_claim_is_in_the_table_with_its_verdict_and_interval():
     folder = output_folder("laptop")
     claims, text = claims_of(folder), as_markdown(folder)
-    count = sum(len(json.loads(file.read_text())["claims"]) for file in (folder / "results").glob("*.json"))
-    assert len(claims) == count == sum(line.startswith("| 0") and len(re.findall(r"(?<!\\)\|", line)) == 12 for line in text.splitlines())
+    count = sum(
+        len(json.loads(file.read_text())["claims"]) for file in (folder / "results").glob("*.json")
+    )
+    assert (
+        len(claims)
+        == count
+        == sum(
+            line.startswith("| 0") and len(re.findall(r"(?<!\\)\|", line)) == 12
+            for line in text.splitlines()
+        )
+    )
     kept = pd.read_csv(folder / "claims.csv")
     assert list(kept.claim) == list(claims.claim) and list(kept.verdict) == list(claims.verdict)
 
@@ -33,8 +42,16 @@ def test_what_is_outside_the_markers_stays_and_a_missing_run_is_told(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert main(["run"]) == 0
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith(f"{END}\nafter") and "old" not in text and (tmp_path / "run" / "claims.csv").exists()
-    assert main(["nowhere"]) == 2 and "nowhere: has no results/*.json; name the folder" in capsys.readouterr().err
+    assert (
+        text.startswith("before\n")
+        and text.endswith(f"{END}\nafter")
+        and "old" not in text
+        and (tmp_path / "run" / "claims.csv").exists()
+    )
+    assert (
+        main(["nowhere"]) == 2
+        and "nowhere: has no results/*.json; name the folder" in capsys.readouterr().err
+    )
     (tmp_path / "README.md").write_text("no markers")
     assert main(["run"]) == 2 and (tmp_path / "README.md").read_text() == "no markers"
 

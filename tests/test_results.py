@@ -6,11 +6,9 @@ import math
 import numpy
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
+from latentree.evidence.claims import RULES, Claim, show, verdict, write_results
+from latentree.run.record import version_of
 from tiny import write_project
-
-from latentree.errors import UserError
-from latentree.record import version_of
-from latentree.results import RULES, Claim, show, verdict, write_results
 
 GOOD = {
     "id": "induction-on-pcfg",
@@ -38,7 +36,11 @@ GOOD = {
         ("high < null + margin", (0.0, 0.2, 0.1, 0.2, None), "reproduced"),
         ("high < null + margin", (0.0, 0.9, 0.1, 0.2, None), "not reproduced"),
         ("null - margin < low and high < null + margin", (0.0, 0.2, 0.1, 0.2, None), "reproduced"),
-        ("null - margin < low and high < null + margin", (-0.5, 0.2, 0.1, 0.2, None), "not reproduced"),
+        (
+            "null - margin < low and high < null + margin",
+            (-0.5, 0.2, 0.1, 0.2, None),
+            "not reproduced",
+        ),
         ("low >= threshold", (0.5, 0.6, None, 0.0, 0.5), "reproduced"),
         ("low >= threshold", (0.4, 0.6, None, 0.0, 0.5), "not reproduced"),
         ("high <= threshold", (0.4, 0.5, None, 0.0, 0.5), "reproduced"),
@@ -58,7 +60,7 @@ def test_a_wide_interval_reproduces_nothing():
 def test_a_claim_without_a_value_gives_its_reason():
     claim = Claim(**GOOD | {"value": None, "low": None, "high": None, "reason": "needs 16 layers"})
     assert claim.verdict == "not testable here"
-    with pytest.raises(UserError, match="reason"):
+    with pytest.raises(ValueError, match="reason"):
         Claim(**GOOD | {"value": None})
 
 
@@ -82,7 +84,7 @@ def test_a_claim_without_a_value_gives_its_reason():
     ids=str,
 )
 def test_a_claim_without_evidence_is_refused(change, words):
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(ValueError) as refusal:
         Claim(**GOOD | change)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -95,12 +97,15 @@ def test_results_are_written_whole_with_profile_and_version(tmp_path, monkeypatc
     assert file.as_posix() == "out/results/03.json"
     assert (results["notebook"], results["profile"]) == ("03_induction_heads", "smoke")
     assert results["version"] == version_of("smoke")
-    assert results["claims"] == [GOOD | {"margin": 0.0, "threshold": None, "reason": "", "cell": None, "verdict": "reproduced"}]
+    assert results["claims"] == [
+        GOOD
+        | {"margin": 0.0, "threshold": None, "reason": "", "cell": None, "verdict": "reproduced"}
+    ]
     assert [path.name for path in file.parent.iterdir()] == ["03.json"]
 
 
 def test_two_claims_with_one_id_are_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(UserError, match="there twice"):
+    with pytest.raises(ValueError, match="there twice"):
         write_results(tmp_path, "03_induction_heads", "smoke", [Claim(**GOOD), Claim(**GOOD)])
     assert not list(tmp_path.iterdir())
 

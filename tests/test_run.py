@@ -11,13 +11,27 @@ import nbformat
 import psutil
 import pytest
 from filelock import FileLock
-from tiny import (
-    PARAMETERS, WAIT_ONCE, command, nothing_runs_in, run, start, write_notebook, write_project,
+from latentree.run.execute import Progress
+from latentree.run.execution import (
+    BAD_INPUT,
+    BUSY,
+    CELL_ERROR,
+    DEAD_KERNEL,
+    NO_RESULT,
+    TIMED_OUT,
+    main,
 )
-
-from latentree.execute import Progress
-from latentree.record import output_folder, version_of, without_machine
-from latentree.run import BAD_INPUT, BUSY, CELL_ERROR, DEAD_KERNEL, NO_RESULT, TIMED_OUT, main
+from latentree.run.record import output_folder, version_of, without_machine
+from tiny import (
+    PARAMETERS,
+    WAIT_ONCE,
+    command,
+    nothing_runs_in,
+    run,
+    start,
+    write_notebook,
+    write_project,
+)
 
 NAME = "01_tiny"
 
@@ -29,8 +43,18 @@ def one_line(text: str) -> str:
 
 def assert_failed(root: Path, name: str = NAME):
     """The folder holds the failed notebook, and neither a result nor anything half-written."""
-    left = {path.relative_to(root / "out").as_posix() for path in (root / "out").rglob("*") if path.is_file()}
-    assert left <= {f"{name}.failed.ipynb", f".{name}.failure", f".{name}.lock", ".run.lock", "run.json"}
+    left = {
+        path.relative_to(root / "out").as_posix()
+        for path in (root / "out").rglob("*")
+        if path.is_file()
+    }
+    assert left <= {
+        f"{name}.failed.ipynb",
+        f".{name}.failure",
+        f".{name}.lock",
+        ".run.lock",
+        "run.json",
+    }
     assert (root / "out" / f".{name}.failure").read_text().endswith(f"{name}.failed.ipynb")
     nbformat.validate(nbformat.read(root / "out" / f"{name}.failed.ipynb", as_version=4))
 
@@ -43,10 +67,14 @@ def succeeded(tmp_path_factory):
     """A project whose notebook ran once, after a failed run had left its traces."""
     root = tmp_path_factory.mktemp("project")
     ipc = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().transport == 'ipc'"
-    warn = "import sys\nprint('in', out)\nprint('\\x1b[32m' + out + '/tables/a.csv', file=sys.stderr)"
+    warn = (
+        "import sys\nprint('in', out)\nprint('\\x1b[32m' + out + '/tables/a.csv', file=sys.stderr)"
+    )
     write_project(root, **{NAME: [ipc, warn, ""]})
     params = root / "params" / "smoke" / f"{NAME}.yaml"
-    params.write_text(f"seed: 3\nlearning_rate: 1\nout: ignored\ncheckpoint: {root}/out/checkpoints/1\n")
+    params.write_text(
+        f"seed: 3\nlearning_rate: 1\nout: ignored\ncheckpoint: {root}/out/checkpoints/1\n"
+    )
     (root / "out" / "results").mkdir(parents=True)
     (root / "out" / f"{NAME}.failed.ipynb").write_text("old")
     (root / "out" / "results" / "01.json").write_text("old")
@@ -57,7 +85,11 @@ def succeeded(tmp_path_factory):
 
 def test_success_leaves_the_notebook_its_result_and_a_record(succeeded):
     root, ran = succeeded
-    left = sorted(path.relative_to(root / "out").as_posix() for path in (root / "out").rglob("*") if path.is_file())
+    left = sorted(
+        path.relative_to(root / "out").as_posix()
+        for path in (root / "out").rglob("*")
+        if path.is_file()
+    )
     assert left == [f".{NAME}.lock", ".run.lock", f"{NAME}.ipynb", "results/01.json", "run.json"]
     assert json.loads((root / "out/results/01.json").read_text())["claims"] == []
     assert ran.stderr == "" and f"{NAME}: in {root}/out" in ran.stdout and "cells" in ran.stdout
@@ -70,7 +102,12 @@ def test_the_executed_notebook_keeps_outputs_and_names_no_machine(succeeded):
     assert str(root) not in text and str(Path.home()) not in text
     injected = next(cell for cell in cells if "injected-parameters" in cell.metadata.tags)
     assert 'out = "out"' in injected.source and "seed = 3" in injected.source
-    streams = {output.name: output.text for cell in cells for output in cell.get("outputs", []) if "name" in output}
+    streams = {
+        output.name: output.text
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if "name" in output
+    }
     assert streams == {"stdout": "in out\n", "stderr": "\x1b[32mout/tables/a.csv\n"}
 
 
@@ -82,17 +119,32 @@ def test_the_record_says_what_was_run_and_names_no_machine(succeeded):
     assert str(root) not in text and os.uname().nodename not in text
     assert record["profile"] == "smoke" and entry["seeds"] == [3]
     assert entry["parameters"] == {
-        "profile": "smoke", "seed": 3, "learning_rate": 1.0, "checkpoint": "out/checkpoints/1",
-    }  # fmt: skip
+        "profile": "smoke",
+        "seed": 3,
+        "learning_rate": 1.0,
+        "checkpoint": "out/checkpoints/1",
+    }
     assert entry["commit"] is None and entry["dirty"] is None
     assert entry["wall_seconds"] > 0 and 0.01 < entry["peak_memory_gb"] < 4
-    assert entry["versions"]["papermill"] and entry["device"]["cpu"] and entry["started"].endswith("+00:00")
+    assert (
+        entry["versions"]["papermill"]
+        and entry["device"]["cpu"]
+        and entry["started"].endswith("+00:00")
+    )
 
 
 def test_plain_papermill_runs_the_same_notebook_and_only_warns_of_an_unknown_parameter(tmp_path):
     root = write_project(tmp_path, **{NAME: []})
     (root / "a.yaml").write_text("sede: 1\nout: plain\n")
-    papermill = [sys.executable, "-m", "papermill", f"notebooks/{NAME}.ipynb", "a.ipynb", "-f", "a.yaml"]
+    papermill = [
+        sys.executable,
+        "-m",
+        "papermill",
+        f"notebooks/{NAME}.ipynb",
+        "a.ipynb",
+        "-f",
+        "a.yaml",
+    ]
     ran = subprocess.run(papermill, cwd=root, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0 and "Passed unknown parameter: sede" in ran.stderr
     assert (root / "plain/results/01.json").exists()
@@ -102,7 +154,12 @@ def test_a_redrawn_bar_takes_a_line_every_few_seconds_and_text_passes_at_once(ca
     progress = Progress("01")
     for text in ["\r 1%", "\r 2%", "\r 3%", "\r100%\n", "done\nhalf", " a line\n", "\n"]:
         progress.write(text)
-    assert capsys.readouterr().out.splitlines() == ["01:  1%", "01: 100%", "01: done", "01: half a line"]
+    assert capsys.readouterr().out.splitlines() == [
+        "01:  1%",
+        "01: 100%",
+        "01: done",
+        "01: half a line",
+    ]
 
 
 # ---- failures while it runs
@@ -155,7 +212,9 @@ def test_a_second_run_is_refused_and_sigterm_ends_the_first(tmp_path, monkeypatc
     assert first.wait(20) == 128 + signal.SIGTERM
     assert "SIGTERM" in one_line(first.stderr.read())
     assert_failed(root)
-    assert '"waiting\\n"' in (root / "out" / f"{NAME}.failed.ipynb").read_text()  # what was done is kept
+    assert (
+        '"waiting\\n"' in (root / "out" / f"{NAME}.failed.ipynb").read_text()
+    )  # what was done is kept
     assert nothing_runs_in(root)
     FileLock(root / "out" / f".{NAME}.lock").acquire(timeout=0)
 
@@ -170,9 +229,15 @@ def test_kill_9_leaves_no_kernel_and_no_lock(tmp_path):
 
 def test_a_run_that_follows_its_parent_ends_with_it(tmp_path):
     root = write_project(tmp_path, **{NAME: [WAIT_ONCE]})
-    line = [sys.executable, "-c", f"import subprocess; subprocess.run({command(NAME, '--follow-parent')!r})"]
+    line = [
+        sys.executable,
+        "-c",
+        f"import subprocess; subprocess.run({command(NAME, '--follow-parent')!r})",
+    ]
     parent = start(line, root)
-    assert len(psutil.Process(parent.pid).children(recursive=True)) == 3  # the run, papermill, the kernel
+    assert (
+        len(psutil.Process(parent.pid).children(recursive=True)) == 3
+    )  # the run, papermill, the kernel
     parent.kill()
     assert nothing_runs_in(root)
     assert_failed(root)
@@ -232,8 +297,16 @@ def project(tmp_path, monkeypatch):
 
 def assert_refused(project, capsys, thing, mend, change={}):
     before = sorted(project.rglob("*"))
-    given = {"notebook": f"notebooks/{NAME}.ipynb", "--params": f"params/smoke/{NAME}.yaml", "--out": "out"} | change
-    line = [word for name, value in given.items() for word in ([] if name == "notebook" else [name]) + [value]]
+    given = {
+        "notebook": f"notebooks/{NAME}.ipynb",
+        "--params": f"params/smoke/{NAME}.yaml",
+        "--out": "out",
+    } | change
+    line = [
+        word
+        for name, value in given.items()
+        for word in ([] if name == "notebook" else [name]) + [value]
+    ]
     assert main(line) == BAD_INPUT
     message = one_line(capsys.readouterr().err)
     assert message.startswith("error: ") and thing in message and mend in message
@@ -252,7 +325,9 @@ def test_a_bad_parameters_cell_is_refused(project, capsys, cell, thing, mend):
     assert_refused(project, capsys, thing, mend)
 
 
-@pytest.mark.parametrize("change, thing, mend", BAD_ARGUMENTS, ids=[str(change)[:40] for change, *_ in BAD_ARGUMENTS])
+@pytest.mark.parametrize(
+    "change, thing, mend", BAD_ARGUMENTS, ids=[str(change)[:40] for change, *_ in BAD_ARGUMENTS]
+)
 def test_bad_arguments_are_refused(project, capsys, change, thing, mend):
     assert_refused(project, capsys, thing, mend, change)
 
@@ -282,7 +357,14 @@ def test_the_folder_of_a_profile_changes_with_its_parameters_and_with_any_gramma
 
 def test_texts_lose_the_machine_but_nothing_else(project):
     folder, home = project / "out", Path.home()
-    texts = [f"{folder}/a.csv", f"\n{project}/lib/a.py:3", f"\x1b[32m{project}\x1b[0m", f"{home}/b", f"{project}s/c", 1]
+    texts = [
+        f"{folder}/a.csv",
+        f"\n{project}/lib/a.py:3",
+        f"\x1b[32m{project}\x1b[0m",
+        f"{home}/b",
+        f"{project}s/c",
+        1,
+    ]
     shown = without_machine({"texts": texts}, folder)["texts"]
     assert shown[:4] == ["out/a.csv", "\nlib/a.py:3", "\x1b[32m.\x1b[0m", "~/b"]
     assert shown[4].endswith(f"{project.name}s/c") and shown[5] == 1

@@ -1,11 +1,9 @@
 import pandas as pd
 import pytest
 import torch
+from latentree.series.checkpoints import LocalSeries
+from latentree.series.sweep import sweep
 from test_checkpoints import make_run
-
-from latentree.checkpoints import LocalSeries
-from latentree.errors import UserError
-from latentree.sweep import sweep
 
 torch.set_num_threads(1)
 
@@ -39,10 +37,19 @@ def test_table_of_all_steps(table):
     series = Series(0, 3, 20)
     whole = run(series, table, device="cuda", revision="main")
     assert series.options == {"device": "cuda", "revision": "main"}
-    assert list(whole) == ["step", "head", "value", "score"] and whole.step.tolist() == [0, 0, 3, 3, 20, 20]
+    assert list(whole) == ["step", "head", "value", "score"] and whole.step.tolist() == [
+        0,
+        0,
+        3,
+        3,
+        20,
+        20,
+    ]
     assert whole.value.dropna().tolist() == [0.0, 1.0, 20 / 3]
     pd.testing.assert_frame_equal(whole, pd.read_csv(table))
-    assert [path.name for path in table.parent.iterdir() if not path.name.startswith(".")] == ["03_scores.csv"]
+    assert [path.name for path in table.parent.iterdir() if not path.name.startswith(".")] == [
+        "03_scores.csv"
+    ]
 
 
 def test_interrupted_sweep_goes_on(table):
@@ -65,7 +72,9 @@ def test_interrupted_sweep_goes_on(table):
 
 
 @pytest.mark.parametrize(
-    "series, key", [(Series(0, 3), {"seed": 1}), (Series(0, 3, identity={"seed": 1}), {"seed": 0})], ids=["key", "series"]
+    "series, key",
+    [(Series(0, 3), {"seed": 1}), (Series(0, 3, identity={"seed": 1}), {"seed": 0})],
+    ids=["key", "series"],
 )
 def test_other_measurement_is_not_mixed(table, series, key):
     run(Series(0, 3), table, key={"seed": 0})
@@ -81,11 +90,11 @@ def test_foreign_folder_is_not_mixed(table):
 
 
 def test_bad_input_is_named(table):
-    with pytest.raises(UserError, match=r"steps = \[4\].*choose among \[0, 3\]"):
+    with pytest.raises(ValueError, match=r"steps = \[4\].*choose among \[0, 3\]"):
         run(Series(0, 3), table, steps=[0, 4])
-    with pytest.raises(UserError, match=r"steps = \[\]"):
+    with pytest.raises(ValueError, match=r"steps = \[\]"):
         run(Series(), table)
-    with pytest.raises(UserError, match="column step"):
+    with pytest.raises(ValueError, match="column step"):
         run(Series(0), table, lambda model: pd.DataFrame({"step": [1]}))
 
 
@@ -96,5 +105,9 @@ def test_progress_is_told_in_lines(table, capsys):
 
 def test_training_run(tmp_path, table):
     series = LocalSeries(make_run(tmp_path / "run"))
-    found = run(series, table, lambda model: pd.DataFrame({"value": [model.lm_head.weight.sum().item()]}))
-    assert found.value.tolist() == [series.load(step).lm_head.weight.sum().item() for step in series.steps]
+    found = run(
+        series, table, lambda model: pd.DataFrame({"value": [model.lm_head.weight.sum().item()]})
+    )
+    assert found.value.tolist() == [
+        series.load(step).lm_head.weight.sum().item() for step in series.steps
+    ]

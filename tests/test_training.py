@@ -5,16 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import latentree.train.training
 import pandas as pd
 import pytest
 import torch
-
-import latentree.training
-from latentree.checkpoints import LocalSeries
-from latentree.errors import UserError
-from latentree.model import build_model, next_token_losses
-from latentree.optimizers import BatchedMuon, build_optimizers, hidden_matrices, rate_share
-from latentree.training import TrainingConfig, evaluate, train
+from latentree.series.checkpoints import LocalSeries
+from latentree.train.model import build_model, next_token_losses
+from latentree.train.optimizers import BatchedMuon, build_optimizers, hidden_matrices, rate_share
+from latentree.train.training import TrainingConfig, evaluate, train
 
 torch.set_num_threads(1)
 
@@ -43,7 +41,14 @@ class FakeStream:
         self.count = states[0]["count"]
 
 
-SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch_sequences": 4, "tokens": 64 * 24}
+SMALL = {
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "context": 16,
+    "batch_sequences": 4,
+    "tokens": 64 * 24,
+}
 SMALL |= {"checkpoints_even": 3, "checkpoints_log": 3, "state_every_seconds": 0.0}
 HELD_OUT = torch.randint(0, 11, (6, 16), generator=torch.Generator().manual_seed(99))
 TABLES = ["losses.csv", "held_out.csv", "held_out_by_position.csv"]
@@ -56,7 +61,11 @@ def small(folder, stride=None, **settings):
 
 def contents(folder):
     """Every byte that a rerun must give again: tables, weights, configurations."""
-    files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file() and file.name != "run_card.json"]
+    files = [
+        file
+        for file in sorted(Path(folder).rglob("*"))
+        if file.is_file() and file.name != "run_card.json"
+    ]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
@@ -70,11 +79,15 @@ def finished(tmp_path_factory):
 def test_finished_run(finished):
     losses, held_out, by_position = (pd.read_csv(finished / name) for name in TABLES)
     assert list(losses) == ["step", "tokens", "loss", "learning_rate"]
-    assert list(losses.step) == list(range(1, 25)) and list(losses.tokens) == [64 * step for step in losses.step]
+    assert list(losses.step) == list(range(1, 25)) and list(losses.tokens) == [
+        64 * step for step in losses.step
+    ]
     steps = [0, 1, 5, 8, 16, 24]
     assert list(held_out.step) == steps == LocalSeries(finished).steps
     assert (held_out.standard_error > 0).all()
-    assert list(by_position.position.unique()) == list(range(15)) and len(by_position) == 15 * len(steps)
+    assert list(by_position.position.unique()) == list(range(15)) and len(by_position) == 15 * len(
+        steps
+    )
     means = by_position.groupby("step").loss.mean()
     assert means.to_numpy() == pytest.approx(held_out.loss.to_numpy(), rel=1e-9)
     assert losses.learning_rate.max() == 3.0e-3
@@ -88,19 +101,23 @@ def test_held_out_losses_are_those_of_the_checkpoint(finished):
     losses = evaluate(LocalSeries(finished).load(16), HELD_OUT, rows=4)
     assert losses.shape == (6, 15) and losses.dtype == torch.float64
     assert losses.mean().item() == pytest.approx(held_out.loss[16], rel=1e-6)
-    assert losses.mean(1).std().item() / 6**0.5 == pytest.approx(held_out.standard_error[16], rel=1e-5)
+    assert losses.mean(1).std().item() / 6**0.5 == pytest.approx(
+        held_out.standard_error[16], rel=1e-5
+    )
 
 
 def test_losses_are_those_of_transformers():
     model = build_model("gpt2", 11, 1, 16, 2, 16)
-    assert next_token_losses(model(input_ids=HELD_OUT).logits, HELD_OUT).mean().item() == pytest.approx(
+    assert next_token_losses(
+        model(input_ids=HELD_OUT).logits, HELD_OUT
+    ).mean().item() == pytest.approx(
         model(input_ids=HELD_OUT, labels=HELD_OUT).loss.item(), rel=1e-5
     )
 
 
 def test_second_run_does_nothing(finished, monkeypatch):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
-    monkeypatch.setattr(latentree.training, "loop", None)
+    monkeypatch.setattr(latentree.train.training, "loop", None)
     pd.testing.assert_frame_equal(small(finished), pd.read_csv(finished / "losses.csv"))
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
 
@@ -110,7 +127,14 @@ def test_training_learns(tmp_path):
     assert losses.loss.iloc[:5].mean() > 2.3 and losses.loss.iloc[-5:].mean() < 1.0
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adamw"}, {"precision": "bfloat16"}, {"architecture": "gpt2", "schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw"},
+        {"precision": "bfloat16"},
+        {"architecture": "gpt2", "schedule": "cosine"},
+    ],
+)
 def test_other_settings_train(tmp_path, settings):
     assert small(tmp_path, **settings, state_every_seconds=60.0).loss.notna().all()
 
@@ -121,7 +145,8 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 import test_training as t
-from latentree import state, training
+from latentree.train import state
+from latentree.train import training
 
 def die_in(module, name, call, before, when=lambda *_: True):
     real, calls = getattr(module, name), []
@@ -152,7 +177,12 @@ moments = {{
 moments[sys.argv[1]]()
 t.small(sys.argv[2])
 """
-MOMENTS = ["in the first checkpoint", "in a table", "between the renames of a checkpoint", "in a state"]
+MOMENTS = [
+    "in the first checkpoint",
+    "in a table",
+    "between the renames of a checkpoint",
+    "in a state",
+]
 MOMENTS += ["before an older state is removed", "in a later checkpoint", "at the end"]
 
 
@@ -166,7 +196,9 @@ def test_killed_at_many_moments_it_ends_bit_for_bit_the_same(finished, tmp_path)
     script = KILLED.format(tests=str(Path(__file__).parent))
     folder, steps = tmp_path / "run", []
     for moment in MOMENTS:
-        killed = subprocess.run([sys.executable, "-c", script, moment, str(folder)], capture_output=True, text=True)
+        killed = subprocess.run(
+            [sys.executable, "-c", script, moment, str(folder)], capture_output=True, text=True
+        )
         assert killed.returncode == -9, (moment, killed.stderr[-2000:])
         steps.append(max((int(state.name[6:]) for state in folder.glob("state-*")), default=0))
     assert steps == sorted(steps) and 0 < steps[4] <= steps[5] < 24
@@ -176,7 +208,11 @@ def test_killed_at_many_moments_it_ends_bit_for_bit_the_same(finished, tmp_path)
 
 def test_interrupted_in_process_it_goes_on_from_the_state(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(latentree.training, "rate_share", lambda step, *_: 1 / 0 if step == 13 else rate_share(step, *_))
+        patch.setattr(
+            latentree.train.training,
+            "rate_share",
+            lambda step, *_: 1 / 0 if step == 13 else rate_share(step, *_),
+        )
         with pytest.raises(ZeroDivisionError):
             small(tmp_path)
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000013"]
@@ -195,7 +231,7 @@ def test_full_disk_is_told_and_resumes(finished, tmp_path, monkeypatch):
         return real(model, folder, **options)
 
     monkeypatch.setattr(transformers_model(), "save_pretrained", save)
-    with pytest.raises(UserError, match="no space left on the disk; free some"):
+    with pytest.raises(ValueError, match="no space left on the disk; free some"):
         small(tmp_path)
     assert not list(tmp_path.glob(".*")) and LocalSeries(tmp_path).steps == [0, 1]
     small(tmp_path)
@@ -205,28 +241,41 @@ def test_full_disk_is_told_and_resumes(finished, tmp_path, monkeypatch):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     def spoilt(logits, tokens):
         losses = next_token_losses(logits, tokens)
-        return losses * float("inf") if logits.requires_grad and tokens.shape[0] == 4 and spoilt.count() == 10 else losses
+        return (
+            losses * float("inf")
+            if logits.requires_grad and tokens.shape[0] == 4 and spoilt.count() == 10
+            else losses
+        )
 
     calls = []
     spoilt.count = lambda: calls.append(1) or len(calls)
-    monkeypatch.setattr(latentree.training, "next_token_losses", spoilt)
-    with pytest.raises(UserError, match="not finite at step 10 .*lower learning rate"):
+    monkeypatch.setattr(latentree.train.training, "next_token_losses", spoilt)
+    with pytest.raises(ValueError, match="not finite at step 10 .*lower learning rate"):
         small(tmp_path)
     assert LocalSeries(tmp_path).steps == [0, 1, 5, 8]
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000009"]
 
 
-@pytest.mark.parametrize("name, value", [("seed", 1), ("width", 32), ("learning_rate", 1.0e-3), ("tokens", 640), ("optimizer", "adamw")])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("seed", 1),
+        ("width", 32),
+        ("learning_rate", 1.0e-3),
+        ("tokens", 640),
+        ("optimizer", "adamw"),
+    ],
+)
 def test_folder_of_another_training_is_refused(finished, name, value):
     before = contents(finished)
-    with pytest.raises(UserError, match=f"was trained with {name} = .*; name a new folder"):
+    with pytest.raises(ValueError, match=f"was trained with {name} = .*; name a new folder"):
         small(finished, **{name: value})
     assert contents(finished) == before
 
 
 def test_foreign_checkpoints_are_not_trained_over(tmp_path):
     (tmp_path / "step-00000000").mkdir()
-    with pytest.raises(UserError, match="no training.json; name a new folder"):
+    with pytest.raises(ValueError, match="no training.json; name a new folder"):
         small(tmp_path)
 
 
@@ -255,7 +304,11 @@ BAD = [
     ({"device": "tpu"}, "device = 'tpu'", "auto, cpu or cuda"),
     ({"held_out": HELD_OUT[:, :8]}, "held_out: is torch.int64 (6, 8)", "of 16 tokens"),
     ({"held_out": HELD_OUT[:1]}, "held_out: is torch.int64 (1, 16)", "2 sequences"),
-    ({"held_out": HELD_OUT + 5}, "held_out: has tokens from 5 to 15", "below the vocabulary_size 11"),
+    (
+        {"held_out": HELD_OUT + 5},
+        "held_out: has tokens from 5 to 15",
+        "below the vocabulary_size 11",
+    ),
 ]
 
 
@@ -264,8 +317,14 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(tmp_path, change, 
     arguments = {"held_out": HELD_OUT, "device": "auto"}
     arguments |= {name: change[name] for name in arguments if name in change}
     settings = {name: value for name, value in change.items() if name not in arguments}
-    with pytest.raises(UserError) as error:
-        train(TrainingConfig(**SMALL | settings), FakeProcess(), folder=tmp_path / "run", stream=FakeStream(), **arguments)
+    with pytest.raises(ValueError) as error:
+        train(
+            TrainingConfig(**SMALL | settings),
+            FakeProcess(),
+            folder=tmp_path / "run",
+            stream=FakeStream(),
+            **arguments,
+        )
     message = str(error.value)
     assert message.startswith(thing) and mend in message and "\n" not in message
     assert not (tmp_path / "run").exists()
@@ -280,8 +339,13 @@ def test_schedule():
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     model = build_model("llama", 11, 2, 16, 2, 16)
-    adamw, muon = build_optimizers(model, TrainingConfig(**SMALL, optimizer="muon", weight_decay=0.1))
-    taken = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (adamw, muon)]
+    adamw, muon = build_optimizers(
+        model, TrainingConfig(**SMALL, optimizer="muon", weight_decay=0.1)
+    )
+    taken = [
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (adamw, muon)
+    ]
     assert taken[1] == {id(p) for p in hidden_matrices(model)} and not taken[0] & taken[1]
     assert taken[0] | taken[1] == {id(p) for p in model.parameters()}
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
@@ -292,7 +356,9 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
 def test_batched_muon_is_torchs():
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 16), (32, 16), (16, 32), (16, 16)]
-    start, gradients = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    start, gradients = (
+        [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)
+    )
     results = []
     for optimizer_class in (torch.optim.Muon, BatchedMuon):
         matrices = [torch.nn.Parameter(matrix.clone()) for matrix in start]
@@ -309,4 +375,6 @@ def test_batched_muon_is_torchs():
 def test_lines_of_progress_where_there_is_no_terminal(tmp_path, capsys):
     train(TrainingConfig(**SMALL), FakeProcess(), HELD_OUT, tmp_path, stream=FakeStream())
     told = capsys.readouterr().err.splitlines()
-    assert told[-1].startswith("fake: 1,536 of 1,536 tokens, loss ") and told[-1].endswith(" s left")
+    assert told[-1].startswith("fake: 1,536 of 1,536 tokens, loss ") and told[-1].endswith(
+        " s left"
+    )

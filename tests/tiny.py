@@ -18,8 +18,8 @@ seed: int = 0  # of all random numbers
 learning_rate: float = 0.01  # largest step of the optimizer
 checkpoint: str = ""  # folder to resume from
 """
-VALIDATE = "from latentree.params import validate\nparameters = validate(globals())"
-WRITE = "from latentree.results import write_results\nwrite_results(out, '{}', profile, [])"
+VALIDATE = "from latentree.run.parameters import validate\nparameters = validate(globals())"
+WRITE = "from latentree.evidence.claims import write_results\nwrite_results(out, '{}', profile, [])"
 # Waits a minute, but only the first time that it is executed in this folder.
 WAIT_ONCE = """\
 import pathlib, time
@@ -29,9 +29,14 @@ print("waiting", flush=True)
 time.sleep(0 if waited else 60)"""
 
 
-def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS, tag: str = "parameters") -> Path:
+def write_notebook(
+    path: Path, *cells: str, parameters: str = PARAMETERS, tag: str = "parameters"
+) -> Path:
     """A notebook with a parameters cell, the line that validates it, and `cells`."""
-    head = [new_markdown_cell("# A tiny notebook"), new_code_cell(parameters, metadata={"tags": [tag]})]
+    head = [
+        new_markdown_cell("# A tiny notebook"),
+        new_code_cell(parameters, metadata={"tags": [tag]}),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     body = [new_code_cell(cell) for cell in (VALIDATE, *cells)]
@@ -52,17 +57,21 @@ def write_project(root: Path, **notebooks: list[str]) -> Path:
 def command(name: str, *more: str) -> list[str]:
     """The command line that runs a project's notebook into its folder `out`."""
     files = [f"notebooks/{name}.ipynb", "--params", f"params/smoke/{name}.yaml", "--out", "out"]
-    return [sys.executable, "-m", "latentree.run", *files, *more]
+    return [sys.executable, "-m", "latentree.run.execution", *files, *more]
 
 
 def run(root: Path, name: str, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(name, *more), cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command(name, *more), cwd=root, capture_output=True, text=True, timeout=120
+    )
 
 
 def start(arguments: list[str], root: Path, word: str = "waiting") -> subprocess.Popen:
     """Start a process in the background and return when it has printed `word`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(arguments, cwd=root, text=True, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        arguments, cwd=root, text=True, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
     for line in process.stdout:
         if word in line:
             return process
@@ -72,7 +81,9 @@ def start(arguments: list[str], root: Path, word: str = "waiting") -> subprocess
 def nothing_runs_in(root: Path, seconds: float = 20) -> bool:
     """Whether no process but this one works in this folder any more, after at most `seconds`."""
     deadline, this = time.monotonic() + seconds, os.getpid()
-    while left := [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(root) and p.pid != this]:
+    while left := [
+        p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(root) and p.pid != this
+    ]:
         if time.monotonic() > deadline:
             print(left)
             return False

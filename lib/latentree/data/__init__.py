@@ -1,0 +1,1 @@
+"""What text there is: grammars, corpora, two-level processes; any document again by its number."""

@@ -1,0 +1,77 @@
+"""Two runs side by side, claim by claim: python -m latentree.evidence.compare FOLDER OTHER [--tolerance 1e-6]
+
+Lists every claim whose value, interval or verdict differs, and those that only one run has; exits with 1 if there are any.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+NUMBERS = ["value", "low", "high"]
+
+
+def claims_of(folder) -> pd.DataFrame:
+    """The claims in folder/results/*.json: one row each, indexed by the result's file and the claim's id.
+
+    Raises ValueError for a folder without results.
+    """
+    files = sorted((Path(folder) / "results").rglob("*.json"))
+    rows = [
+        {"file": file.stem} | claim
+        for file in files
+        for claim in json.loads(file.read_text(encoding="utf-8"))["claims"]
+    ]
+    if not rows:
+        raise ValueError(f"{folder}: has no results/*.json with claims; name the folder of a run")
+    return pd.DataFrame(rows).set_index(["file", "id"])
+
+
+def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
+    """What differs between two tables of `claims_of`: DataFrame (file, claim, what, one, other).
+
+    Numbers differ if they are further apart than `tolerance` times the larger of 1 and their sizes.
+    """
+    rows = []
+    for key in dict.fromkeys([*one.index, *other.index]):
+        if key not in one.index or key not in other.index:
+            rows.append((*key, "claim", key in one.index, key in other.index))
+            continue
+        a, b = one.loc[key], other.loc[key]
+        rows += [
+            (*key, name, a[name], b[name])
+            for name in NUMBERS
+            if not (pd.isna(a[name]) and pd.isna(b[name]))
+            and not math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance)
+        ]
+        if a["verdict"] != b["verdict"]:
+            rows.append((*key, "verdict", a["verdict"], b["verdict"]))
+    return pd.DataFrame(rows, columns=["file", "claim", "what", "one", "other"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m latentree.evidence.compare", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("one", help="folder of a run")
+    parser.add_argument("other", help="folder of another run")
+    parser.add_argument("--tolerance", type=float, default=1e-6, help="relative, 1e-6 by default")
+    given = parser.parse_args(arguments)
+    try:
+        one, other = claims_of(given.one), claims_of(given.other)
+    except ValueError as error:
+        parser.error(str(error))
+    found = differences(one, other, given.tolerance)
+    if len(found):
+        print(found.to_string(index=False))
+    changed = found[["file", "claim"]].drop_duplicates()
+    print(f"{len(changed)} of {len(one.index.union(other.index))} claims differ")
+    return int(len(found) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

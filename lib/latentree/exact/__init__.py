@@ -1,0 +1,1 @@
+"""What can be known of it: exact predictors, ceilings, ideal readers, informations."""

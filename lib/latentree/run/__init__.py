@@ -1,0 +1,1 @@
+"""Executing a notebook: its parameters, its folders, its record."""

@@ -1,0 +1,7 @@
+"""The command: python -m latentree.run NOTEBOOK --params FILE --out FOLDER."""
+
+import sys
+
+from latentree.run.execution import main
+
+sys.exit(main())

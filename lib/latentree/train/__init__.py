@@ -1,0 +1,1 @@
+"""Models of it: built from a few numbers, trained with exact resume."""
