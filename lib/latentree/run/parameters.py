@@ -109,7 +109,7 @@ def declared(notebook) -> dict[str, Declaration]:
     for statement in statements:
         line = lines[statement.lineno - 1].strip()
         try:
-            name, declaration = declare(statement, line, comments.get(statement.lineno, ""))
+            name, declaration = declare(statement, line, next((comments[n] for n in range(statement.lineno, statement.end_lineno + 1) if n in comments), ""))
             if name in found:
                 raise ValueError(f"{name} is declared twice: keep one line")
         except ValueError as error:
@@ -124,7 +124,6 @@ def declare(statement: ast.stmt, line: str, meaning: str) -> tuple[str, Declarat
     if (
         not named
         or statement.value is None
-        or statement.lineno != statement.end_lineno
         or not meaning
     ):
         raise ValueError(FORM)
