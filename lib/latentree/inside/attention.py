@@ -1,0 +1,49 @@
+"""Attention probabilities, to be read or replaced: through transformers' own interface for attention functions."""
+
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+OPEN = "latentree_open"  # the name under which transformers finds the attention function below
+
+
+@contextmanager
+def attention(model, see):
+    """Within, every layer calls `see(layer, probabilities)`, probabilities (batch, head, query, key).
+
+    What it returns, unless None, is attended with in their place. The other attention functions are
+    faster and compute no probabilities, so the model has its own one back afterwards.
+    """
+
+    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        shared = query.shape[1] // key.shape[1]  # query heads to each key and value head
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = query @ key.transpose(2, 3) * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        replaced = see(module.layer_idx, probabilities)
+        if replaced is not None:
+            probabilities = replaced
+        return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+    AttentionInterface.register(OPEN, attend)
+    AttentionMaskInterface.register(OPEN, eager_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(OPEN)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def patterns(model, tokens) -> torch.Tensor:
+    """Every head's attention (layer, batch, head, query, key) on tokens (batch, position)."""
+    found = []
+    with attention(model, lambda layer, probabilities: found.append(probabilities)):
+        model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1)
+    return torch.stack(found)
