@@ -27,7 +27,7 @@ from latentree.data.grammar import Grammar
 from latentree.data.ngrams import Chain
 from latentree.data.text import load_text
 from latentree.data.two_level import TwoLevel, contested, enumerated
-from latentree.evidence.claims import Claim, write_results
+from latentree.evidence.claims_old import Claim, write_results
 from latentree.evidence.curves import Curve, doublings_later, half_way
 from latentree.evidence.intervals import paired
 from latentree.exact.information import exact
@@ -1637,7 +1637,7 @@ RESULTS = [
     Fault(
         "results",
         "bad claim in a notebook",
-        tiny("from latentree.evidence.claims import Claim\nClaim(id='a b', source='Figure 2')"),
+        tiny("from latentree.evidence.claims_old import Claim\nClaim(id='a b', source='Figure 2')"),
         execute,
         (f"{NAME}: In [4]", "ValueError: claim 'a b': id = 'a b'", f"see out/{NAME}.failed.ipynb"),
         CELL_ERROR,

@@ -6,7 +6,7 @@ import math
 import numpy
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
-from latentree.evidence.claims import RULES, Claim, show, verdict, write_results
+from latentree.evidence.claims_old import RULES, Claim, show, verdict, write_results
 from latentree.run.record import version_of
 from tiny import write_project
 

@@ -1,10 +1,17 @@
-"""Figures: one palette for the corpora, trees, documents, curves with intervals. Files land in out/figures/."""
+"""Figures: one palette for the corpora, grids of curves, bars and heatmaps, trees, documents.
+
+A picture is one call on a tidy table: `lines`, `bars` and `heatmaps` return seaborn's FacetGrid, whose
+`set` names the axes. Columns value, low and high hold what is drawn and its interval.
+"""
 
 from io import BytesIO
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 from latentree.data.files import with_palette
@@ -35,6 +42,9 @@ LINES = {
 }
 
 
+REFERENCE = "#555555"  # the grey of what is computed and not measured
+
+
 def set_style():
     """Seaborn's paper style, legible in print."""
     sns.set_theme(
@@ -52,23 +62,21 @@ def set_style():
     )
 
 
-def kind(corpus):
-    """The kind of a corpus by its file's name: PCFG, flat, static, n-gram (order-n chain), hashed n-gram, small release."""
-    endings = {"-flat": "flat", "-static": "static", "-ngram": "hashed n-gram"}
-    found = next(
-        (name for ending, name in endings.items() if corpus.endswith(ending)),
-        "n-gram" if "-order" in corpus else "PCFG",
-    )
-    return (
-        found.replace("PCFG", "small release").replace("flat", "small release, flat")
-        if "-small" in corpus
-        else found
-    )
+def colour(corpus) -> str:
+    """The colour of a corpus, by its kind, in all figures."""
+    return KIND_COLOURS[kind(corpus) if isinstance(corpus, str) else corpus.kind]
 
 
-def colour(corpus):
-    """The colour of a corpus in all figures."""
-    return KIND_COLOURS[kind(corpus)]
+def palette(corpora) -> dict:
+    """{name: colour} of these corpora, for seaborn."""
+    return {corpus.name: colour(corpus) for corpus in corpora}
+
+
+def write(figure, path) -> None:
+    """Write `figure` as a PNG file, with its description in words (`described`) inside."""
+    drawn = BytesIO()
+    figure.savefig(drawn, bbox_inches="tight", metadata={"Description": described(figure)})
+    Path(path).write_bytes(with_palette(drawn.getvalue()))
 
 
 def described(figure):
@@ -95,20 +103,133 @@ def described(figure):
     )
 
 
-def save(figure, out, name):
-    """Write `figure` to out/figures/name.png, with its description in words (`described`) inside."""
-    folder = Path(out) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
-    figure.savefig(drawn, bbox_inches="tight", metadata={"Description": described(figure)})
-    (folder / f"{name}.png").write_bytes(with_palette(drawn.getvalue()))
+# ---------------------------------------------------------------------- tables as pictures
 
 
-def save_table(table, out, name):
-    """Write a DataFrame to out/tables/name.csv, numbers to six digits."""
-    folder = Path(out) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+def pick(table: pd.DataFrame, **wanted) -> pd.DataFrame:
+    """The rows in which each named column equals, or is one of, what is wanted."""
+    for column, value in wanted.items():
+        values = value if isinstance(value, (list, tuple, set)) else [value]
+        table = table[table[column].isin(values)]
+    return table
+
+
+def lines(table, x="tokens", y="value", hue=None, legend=True, marker=".", **grid) -> sns.FacetGrid:
+    """Curves of `y` over `x`, one for each `hue`; the interval low..high is a band, if it is there.
+
+    `grid` goes to FacetGrid: col, row, col_wrap, palette, hue_order, height, aspect, sharey, ...
+    """
+
+    def draw(data, color, label=None):
+        data, axes = data.sort_values(x), plt.gca()
+        axes.plot(data[x], data[y], color=color, marker=marker, label=label)
+        if "low" in data:
+            axes.fill_between(data[x], data["low"], data["high"], color=color, alpha=0.2, lw=0)
+
+    found = _mapped(table, draw, hue, legend, grid)
+    return found.set_axis_labels(x, y)
+
+
+def bars(table, x, hue, legend=True, **grid) -> sns.FacetGrid:
+    """Bars of `value` at each `x`, side by side for each `hue`, with whiskers low..high."""
+    places, hues = list(table[x].unique()), list(table[hue].unique())
+    width = 0.8 / len(hues)
+
+    def draw(data, color, label=None):
+        shift = (hues.index(data[hue].iloc[0]) - (len(hues) - 1) / 2) * width
+        reach = [data["value"] - data["low"], data["high"] - data["value"]]
+        axes = plt.gca()
+        axes.bar(
+            data[x].map(places.index) + shift,
+            data["value"],
+            width,
+            yerr=reach,
+            color=color,
+            label=label,
+        )
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xticks(range(len(places)), places)
+
+    return _mapped(table, draw, hue, legend, {"hue_order": hues} | grid)
+
+
+def heatmaps(
+    table, index="layer", columns="tokens", limit=None, label="", dots=False, **grid
+) -> sns.FacetGrid:
+    """A heatmap of `value` in each panel: a row for each `index`, a column for each of `columns`.
+
+    Red is -limit, white 0, blue limit (by default the largest value, either way); with `dots` a dot
+    marks where the interval contains 0. `label` names the colour bar. Tokens are shown in millions.
+    """
+    limit = limit or float(table["value"].abs().max()) or 1.0
+
+    def draw(data, color=None):
+        heatmap(plt.gca(), data, limit, index, dots, columns)
+
+    found = _mapped(table, draw, None, False, {"height": 1.9, "aspect": 1.3} | grid)
+    shades = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), "RdBu")
+    found.figure.colorbar(shades, ax=found.axes, label=label, extend="both", shrink=0.8)
+    return found.set_axis_labels("tokens (millions)" if columns == "tokens" else columns, index)
+
+
+def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
+    """A FacetGrid with `draw` in every panel, its titles without the columns' names."""
+    with mpl.rc_context({"figure.constrained_layout.use": False}):  # seaborn sets its own layout
+        found = sns.FacetGrid(table, hue=hue, **({"height": 2.8, "aspect": 1.2} | grid))
+        found.map_dataframe(draw)
+    found.figure.set_layout_engine("constrained")
+    panel = [name for name in ("row", "col") if name in grid]
+    found.set_titles(", ".join(f"{{{name}_name}}" for name in panel))
+    if legend and hue:
+        drawn = {}
+        for axes in found.axes.flat:
+            drawn |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+        found.figure.legend(drawn.values(), drawn.keys(), loc="outside center right")
+    return found
+
+
+def heatmap(ax, rows, limit: float, index="layer", dots=False, columns="tokens"):
+    """One heatmap (`heatmaps`) on given axes; returns its image, or hides the axes if there are no rows."""
+    if not len(rows):
+        ax.axis("off")
+        return None
+    cells = rows.pivot(index=index, columns=columns, values="value")
+    image = ax.imshow(
+        cells,
+        cmap="RdBu",
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+    )
+    marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
+    shown = [
+        f"{value / 1e6:.1f}" if columns == "tokens" else value for value in cells.columns[marks]
+    ]
+    ax.set_xticks(marks, shown)
+    ax.set_yticks(range(len(cells)), cells.index)
+    if dots:
+        zero = rows.assign(inside=(rows["low"] <= 0) & (rows["high"] >= 0))
+        zero = zero.pivot(index=index, columns=columns, values="inside").to_numpy()
+        layer, column = np.nonzero(zero.astype(float) > 0)
+        ax.plot(column, layer, ".", ms=2.5, color=REFERENCE)
+    return image
+
+
+def reference_line(ax, name, value, **where):
+    """A labelled horizontal reference: syntax-only, in-sentence, counts or latent-aware."""
+    shade, dashes = LINES[name]
+    ax.axhline(value, color=shade, ls=dashes, lw=1.2, label=name, **where)
+
+
+def band(ax, x, rows, color, marker=".", **line):
+    """A curve of `rows` ("value") over `x` with its interval ("low", "high") as a band; `line` goes to plot."""
+    ax.plot(x, rows["value"], color=color, marker=marker, **line)
+    ax.fill_between(x, rows["low"], rows["high"], color=color, alpha=0.2, lw=0)
+
+
+# ---------------------------------------------------------------------- trees and documents
 
 
 def draw_tree(tree, ax, words=None):
@@ -181,43 +302,34 @@ def draw_document(documents, roles, ax, names=str):
     )
 
 
-def reference_line(ax, name, value, **where):
-    """A labelled horizontal reference: syntax-only, in-sentence, counts or latent-aware."""
-    shade, dashes = LINES[name]
-    ax.axhline(value, color=shade, ls=dashes, lw=1.2, label=name, **where)
+# ---------------------------------------------------------------------- until their callers have moved
 
 
-def band(ax, x, rows, color, marker=".", **line):
-    """A curve of `rows` ("value") over `x` with its interval ("low", "high") as a band; `line` goes to plot."""
-    ax.plot(x, rows["value"], color=color, marker=marker, **line)
-    ax.fill_between(x, rows["low"], rows["high"], color=color, alpha=0.2, lw=0)
-
-
-def heatmap(ax, rows, limit: float, index="layer", dots=False):
-    """Cells of `rows` (columns `index`, tokens, value), a row for each of `index`, a column for each checkpoint.
-
-    Red is -limit, white 0, blue limit; with `dots` a dot marks where the interval (low, high) contains 0. Returns the image
-    for a colour bar; without rows hides the axes and returns None.
-    """
-    if not len(rows):
-        ax.axis("off")
-        return None
-    cells = rows.pivot(index=index, columns="tokens", values="value")
-    image = ax.imshow(
-        cells,
-        cmap="RdBu",
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
+def kind(corpus):
+    """The kind of a corpus by its file's name: PCFG, flat, static, n-gram (order-n chain), hashed n-gram, small release."""
+    endings = {"-flat": "flat", "-static": "static", "-ngram": "hashed n-gram"}
+    found = next(
+        (name for ending, name in endings.items() if corpus.endswith(ending)),
+        "n-gram" if "-order" in corpus else "PCFG",
     )
-    marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
-    ax.set_xticks(marks, [f"{cells.columns[mark] / 1e6:.1f}" for mark in marks])
-    ax.set_yticks(range(len(cells)), cells.index)
-    if dots:
-        open_to_0 = rows.assign(value=(rows.low <= 0) & (rows.high >= 0)).pivot(
-            index=index, columns="tokens", values="value"
-        )
-        ax.plot(*np.argwhere(open_to_0.to_numpy())[:, ::-1].T, ".", ms=2.5, color="#555555")
-    return image
+    return (
+        found.replace("PCFG", "small release").replace("flat", "small release, flat")
+        if "-small" in corpus
+        else found
+    )
+
+
+def save(figure, out, name):
+    """Write `figure` to out/figures/name.png, with its description in words (`described`) inside."""
+    folder = Path(out) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, bbox_inches="tight", metadata={"Description": described(figure)})
+    (folder / f"{name}.png").write_bytes(with_palette(drawn.getvalue()))
+
+
+def save_table(table, out, name):
+    """Write a DataFrame to out/tables/name.csv, numbers to six digits."""
+    folder = Path(out) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")

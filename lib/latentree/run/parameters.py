@@ -109,7 +109,18 @@ def declared(notebook) -> dict[str, Declaration]:
     for statement in statements:
         line = lines[statement.lineno - 1].strip()
         try:
-            name, declaration = declare(statement, line, next((comments[n] for n in range(statement.lineno, statement.end_lineno + 1) if n in comments), ""))
+            name, declaration = declare(
+                statement,
+                line,
+                next(
+                    (
+                        comments[n]
+                        for n in range(statement.lineno, statement.end_lineno + 1)
+                        if n in comments
+                    ),
+                    "",
+                ),
+            )
             if name in found:
                 raise ValueError(f"{name} is declared twice: keep one line")
         except ValueError as error:
@@ -121,11 +132,7 @@ def declared(notebook) -> dict[str, Declaration]:
 def declare(statement: ast.stmt, line: str, meaning: str) -> tuple[str, Declaration]:
     """Name and declaration of one statement of the parameters cell, whose text is `line`."""
     named = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-    if (
-        not named
-        or statement.value is None
-        or not meaning
-    ):
+    if not named or statement.value is None or not meaning:
         raise ValueError(FORM)
     if line.count("=") > 1:
         raise ValueError(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from latentree.data.files import read_json, write_text, writing
-from latentree.evidence.claims import Claim
+from latentree.evidence.claims_old import Claim
 from latentree.run.record import project_root
 
 BEGIN, END = "<!-- claims: written by make report -->", "<!-- end of claims -->"
