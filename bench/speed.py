@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from baselines import as_the_release_does, compiled_loop, nltk_tokens, trainer_step
-from latentree.data.corpus import Stream, load_process
+from latentree.data.corpus import Stream, load_corpus
 from latentree.data.files import read_yaml
 from latentree.measure import hydra
 from latentree.measure.donors import stimulus
@@ -65,19 +65,19 @@ def with_peak(work, *given):
 
 def corpus_speed(name):
     """Tokens per second of the stream."""
-    stream = Stream(load_process(name), 32, 128)
+    stream = Stream(load_corpus(name), 32, 128)
     return 50 * 32 * 128 / seconds(lambda: [stream.next_batch() for _ in range(50)])
 
 
 def nltk_speed(name):
     """Tokens per second of nltk's sampling."""
-    grammar = load_process(name).grammar
+    grammar = load_corpus(name).grammar
     return len(nltk_tokens(grammar, 300)) / seconds(lambda: nltk_tokens(grammar, 300), 3)
 
 
 def loop_speed():
     """Tokens per second of a compiled loop on the released grammar; none without a compiler."""
-    loop = compiled_loop(load_process("released").grammar, 1_000_000)
+    loop = compiled_loop(load_corpus("released").grammar, 1_000_000)
     return loop and len(loop()) / seconds(loop)
 
 
@@ -98,7 +98,7 @@ def flops_per_token(config, vocabulary):
 
 def training_step(settings, name, repeats):
     """Seconds of a step, of its forward and backward runs alone, and of its batch from the stream; flops of a token."""
-    config, process = TrainingConfig(tokens=10**9, **settings), load_process(name)
+    config, process = TrainingConfig(tokens=10**9, **settings), load_corpus(name)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
     model, *optimizers = Accelerator(cpu=True).prepare(
         model.train(), *build_optimizers(model, config)
@@ -123,7 +123,7 @@ def training_step(settings, name, repeats):
 
 def trainers_step(settings, name, steps):
     """Seconds of a step of transformers' Trainer on the same model, fed from an Arrow file."""
-    config, process = TrainingConfig(**settings), load_process(name)
+    config, process = TrainingConfig(**settings), load_corpus(name)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
     tokens = Stream(process, 1, steps * config.batch_sequences * config.context).next_batch()[0]
     return trainer_step(model, tokens, config.context, config.batch_sequences, steps)
@@ -131,7 +131,7 @@ def trainers_step(settings, name, steps):
 
 def measuring_speed(settings):
     """Seconds to measure one checkpoint of the laptop's model for notebook 03, all scores on three stimuli."""
-    process, config = load_process("bound"), TrainingConfig(**settings)
+    process, config = load_corpus("bound"), TrainingConfig(**settings)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
     shown = stimuli(process, 128, config.context)
     return seconds(lambda: measure(model.eval(), shown), 3)
@@ -156,7 +156,7 @@ def counted(model):
 @torch.no_grad()
 def hydra_speed(settings, sequences=64, furthest=3):
     """Forward passes, token positions and seconds on one checkpoint: of notebook 05's layer ablations, of the release's way."""
-    process, config = load_process("bound"), TrainingConfig(**settings)
+    process, config = load_corpus("bound"), TrainingConfig(**settings)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes()).eval()
     shown, found = stimulus(process, sequences, config.context), []
     ways = (

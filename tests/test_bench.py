@@ -2,7 +2,7 @@
 
 import torch
 from baselines import Rows, compiled_loop, nltk_tokens, trainer_step
-from latentree.data.corpus import load_process
+from latentree.data.corpus import load_corpus
 from latentree.exact.parser import legal_sentences
 from latentree.train.model import build_model
 from latentree.train.training import TrainingConfig
@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def test_nltk_and_the_compiled_loop_sample_the_released_grammar():
-    grammar = load_process("released").grammar
+    grammar = load_corpus("released").grammar
     drawn = nltk_tokens(grammar, 200)
     assert legal_sentences(grammar, torch.tensor(drawn)) == [True] * 200
     loop = compiled_loop(grammar, 60_000)

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from latentree.data.corpus import held_out, load_process
+from latentree.data.corpus import held_out, load_corpus
 from latentree.data.grammar import Grammar
 from latentree.data.ngrams import Chain
 from latentree.data.text import load_text
@@ -316,8 +316,8 @@ PARAMETERS = [
 # ---------------------------------------------------------------------- grammar files
 
 BOUND = yaml.safe_load((GRAMMARS / "bound.yaml").read_text())
-CHAIN = {"kind": "chain", "name": "chain", "parent": "bound", "order": 2, "sample_tokens": 1000}
-TABLES = {"kind": "hashed tables", "name": "hashed", "vocabulary_size": 9, "tables": 3}
+CHAIN = {"kind": "n-gram", "name": "chain", "parent": "bound", "order": 2, "sample_tokens": 1000}
+TABLES = {"kind": "hashed n-gram", "name": "hashed", "vocabulary_size": 9, "tables": 3}
 
 
 def grammar(name, *said, base=BOUND, without="", **fields):
@@ -328,7 +328,7 @@ def grammar(name, *said, base=BOUND, without="", **fields):
         p.write("g/bound.yaml", dumped(BOUND))
         p.write("g/mine.yaml", dumped(values))
 
-    return Fault("grammar files", name, given, lambda p: load_process("mine", "g"), said)
+    return Fault("grammar files", name, given, lambda p: load_corpus("mine", "g"), said)
 
 
 def sized(**fields):
@@ -440,7 +440,7 @@ GRAMMAR_FILES = [
         "grammar files",
         "missing file",
         nothing,
-        lambda p: load_process("bund", GRAMMARS),
+        lambda p: load_corpus("bund", GRAMMARS),
         ("corpus 'bund': no file", "corpora there: bound, bound-flat"),
     ),
     launched(
@@ -1022,7 +1022,7 @@ MEMORY = [
         "memory",
         "chain of too high an order",
         nothing,
-        lambda p: Chain(load_process("bound", GRAMMARS), order=50),
+        lambda p: Chain(load_corpus("bound", GRAMMARS), order=50),
         ("chain of order 50: 41 words to the power 51", "use a lower order"),
     ),
     Fault(
@@ -1043,7 +1043,7 @@ MEMORY = [
         "memory",
         "more held-out sequences than are kept apart",
         nothing,
-        lambda p: held_out(load_process("released", GRAMMARS), 2000, 512),
+        lambda p: held_out(load_corpus("released", GRAMMARS), 2000, 512),
         ("released: 2000 held-out sequences of 512 tokens", "ask for fewer"),
     ),
     Fault(
@@ -1399,7 +1399,7 @@ def measured(name, meet, *said):
 
 
 def corpus(name="bound"):
-    return load_process(name, GRAMMARS)
+    return load_corpus(name, GRAMMARS)
 
 
 def ablated(heads, how):

@@ -7,7 +7,7 @@ from circuit_models import CONTEXT, HEADS, NEXT, VOCABULARY, blank_model, freque
 from grammars import CLAUSES, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentree.data.corpus import load_process
+from latentree.data.corpus import load_corpus
 from latentree.data.ngrams import HashedTables
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.bayes import posterior_frequencies
@@ -61,7 +61,7 @@ from test_internals import MODELS, random_model
 
 torch.set_num_threads(1)
 TINY = GrammarProcess(make())
-BOUND, RELEASED = load_process("bound"), load_process("released-small")
+BOUND, RELEASED = load_corpus("bound"), load_corpus("released-small")
 STATES = [
     (TINY, ["noun"]),
     (BOUND, ["subject"]),
@@ -415,7 +415,7 @@ def test_bad_input_is_named():
         ValueError,
         match="bound-flat: redraws latents below the document .*'sentence'.*; give a grammar",
     ):
-        contexts(load_process("bound-flat"), ["subject"], 2, 2, 64)
+        contexts(load_corpus("bound-flat"), ["subject"], 2, 2, 64)
     with pytest.raises(
         ValueError,
         match=r"\['subject'\]: is nowhere between tokens 60 and 50 of 4 documents of bound",

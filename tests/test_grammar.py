@@ -1,14 +1,16 @@
 """Exact quantities of sentence grammars against nltk and against enumeration."""
 
 import itertools
-from pathlib import Path
+import shutil
 
 import nltk
 import numpy as np
 import pytest
+import yaml
 from grammars import CLAUSES, RECURSIVE, ROLES, make, random_grammar, sentence_grammars
 from hypothesis import given, settings
-from latentree.data.corpus import load_process
+from latentree.data.corpus import load_corpus
+from latentree.data.files import read_yaml
 from latentree.data.grammar import Grammar
 from latentree.exact.parser import PrefixParser
 
@@ -35,14 +37,14 @@ def strings(grammar):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_grammars_have_the_release_sentences(name):
-    grammar = load_process(name).grammar
+    grammar = load_corpus(name).grammar
     assert grammar.mean_length == pytest.approx(6)
     assert [round(s.probability, 5) for s in grammar.shapes] == [0.5, 0.16667, 0.16667, 0.16667]
     assert PrefixParser(grammar).next_roles(("subject",))[grammar.roles.index("verb")] == 1
 
 
 def test_released_is_the_released_process():
-    grammar = load_process("released").grammar
+    grammar = load_corpus("released").grammar
     assert grammar.vocabulary_size == 1001 and grammar.end == 1000
     starts = {role: (words[0], words[-1]) for role, words in zip(grammar.roles, grammar.words)}
     assert starts == {
@@ -62,7 +64,7 @@ def test_released_is_the_released_process():
 
 def test_probability_that_a_verb_follows_a_subject_word_is_two_thirds():
     """An SVO subject is followed by a verb, a VSO subject by an object: 1 clause against 1/2 per sentence."""
-    grammar = load_process("released").grammar
+    grammar = load_corpus("released").grammar
     follows = {"verb": 0.0, "object": 0.0}
     for shape in grammar.shapes:
         for here, following in itertools.pairwise(shape.roles):
@@ -252,23 +254,33 @@ def test_bad_grammars_are_refused_in_one_line(fields, message):
     "content, message",
     [
         (None, "corpora there: bound-static"),
-        ("- a\n- b\n", "not a mapping"),
-        ("a: [", "is not YAML"),
-        ("kind: tree\n", "kind 'tree' is unknown"),
-        ("kind: chain\nparent: bound-static\nordre: 3\n", "ordre, got 3: remove it"),
-        ("kind: hashed tables\nvocab: 3\n", "vocab, got 3: remove it"),
+        ("name: other\n", "name is 'other'"),
+        ("name: wrong\nkind: n-gram\nparent: bound-static\nordre: 3\n", "ordre, got 3: remove it"),
     ],
 )
 def test_bad_grammar_files_are_refused_in_one_line(tmp_path, content, message):
-    path = tmp_path / "wrong.yaml"
-    (tmp_path / "bound-static.yaml").write_text(
-        Path("params/grammars/bound-static.yaml").read_text()
-    )
+    shutil.copy("params/grammars/bound-static.yaml", tmp_path)
     if content is not None:
-        path.write_text(content)
+        (tmp_path / "wrong.yaml").write_text(content)
     with pytest.raises(ValueError) as error:
-        load_process(path)
+        load_corpus("wrong", tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_digest_is_of_what_is_drawn_and_not_of_how_the_file_is_written(tmp_path):
+    def digest(name="bound", **fields):
+        content = read_yaml(f"params/grammars/{name}.yaml") | fields
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return load_corpus(name, tmp_path).digest
+
+    same = {"about": "Otherwise.", "kind": "flat", "label": "ours", "repetitions": 1}
+    assert digest() == digest(**same) == load_corpus("bound").digest
+    assert digest(binding=0.8) != digest() != digest(habits={"verb": "subject"})
+    digest("bound-static")
+    chain = digest("bound-order3", sample_tokens=1000)
+    assert digest("bound-order3", sample_tokens=1000, label="ours") == chain
+    digest("bound-static", binding=0.8)
+    assert digest("bound-order3", sample_tokens=1000) != chain  # its parent says something else
 
 
 def test_grammar_without_a_name():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from circuit_models import CONTEXT, SIZES, VOCABULARY, duplicate_model, induction_model
 from grammars import make
-from latentree.data.corpus import load_process
+from latentree.data.corpus import load_corpus
 from latentree.data.ngrams import Chain, HashedTables
 from latentree.data.sampler import GrammarProcess
 from latentree.evidence.intervals import ratio
@@ -433,7 +433,7 @@ def test_k_composition_of_random_weights_is_at_its_baseline(architecture):
 
 def test_a_head_of_fixed_distance_scores_as_much_on_the_targets_of_another_sequence():
     """Sentences come in fours, so a head that always looks three tokens back meets what followed a match: by position."""
-    stimulus = stimuli(load_process("bound"), 64, 64)["natural"]
+    stimulus = stimuli(load_corpus("bound"), 64, 64)["natural"]
     back = torch.zeros(64, 1, 64, 64)
     for q in range(64):
         back[:, 0, q, max(0, q - 3)] = 1

@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from latentree.data.corpus import Stream, held_out, load_process
+from latentree.data.corpus import Stream, held_out, load_corpus
 from latentree.run.parameters import declared
 from latentree.series.checkpoints import LocalSeries
 from latentree.train.launch import jobs_of, main
@@ -95,7 +95,7 @@ def test_what_two_processes_began_one_finishes(alone, tmp_path):
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (4, 2), (2, 4)])
 def test_a_stream_goes_on_with_another_number_of_processes(before, after):
-    process, rows = load_process("bound", "params/grammars"), 4
+    process, rows = load_corpus("bound", "params/grammars"), 4
 
     def streams(count):
         return [
@@ -117,7 +117,7 @@ def test_a_stream_goes_on_with_another_number_of_processes(before, after):
 
 
 def test_micro_batches_change_the_memory_and_not_the_training(tmp_path):
-    process = load_process("bound", "params/grammars")
+    process = load_corpus("bound", "params/grammars")
     sizes = {
         "layers": 1,
         "width": 16,

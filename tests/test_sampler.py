@@ -9,8 +9,8 @@ import torch
 from grammars import CLAUSES, RECURSIVE, make, random_grammar, sentence_grammars
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentree.data.corpus import Stream, document_id, held_out, load_process, pack
-from latentree.data.sampler import HELD_OUT, GrammarProcess, apart
+from latentree.data.corpus import HELD_OUT, Stream, held_out, load_corpus, pack
+from latentree.data.sampler import GrammarProcess
 from latentree.exact.ceilings import expected, in_sentence
 from latentree.exact.information import estimated, exact, exact_chain
 from latentree.exact.predictors import token_losses
@@ -43,9 +43,9 @@ def sentences(documents, field="tokens"):
     ],
 )
 def test_a_document_depends_on_nothing_but_its_number(name):
-    corpus = load_process(name)
+    corpus = load_corpus(name)
     ids = torch.tensor([7, 0, 3, HELD_OUT + 2, 12, 5])
-    together, another = corpus.documents(ids), load_process(name)
+    together, another = corpus.documents(ids), load_corpus(name)
     for index, number in enumerate(ids.tolist()):
         alone = another.documents([number]).tokens
         assert torch.equal(together.tokens[together.token["document"] == index], alone)
@@ -60,7 +60,7 @@ def test_another_process_draws_the_same_documents():
 
 def _tokens_of(ids):
     torch.set_num_threads(1)
-    return load_process("bound").documents(list(ids)).tokens.tolist()
+    return load_corpus("bound").documents(list(ids)).tokens.tolist()
 
 
 def test_another_seed_draws_other_documents():
@@ -74,7 +74,7 @@ def test_another_seed_draws_other_documents():
     "name", ["bound", "bound-flat", "released", "bound-order3", "released-ngram"]
 )
 def test_a_gpu_draws_the_same_documents(name):
-    corpus = load_process(name)
+    corpus = load_corpus(name)
     assert torch.equal(
         corpus.documents(range(200), "cuda").tokens.cpu(), corpus.documents(range(200)).tokens
     )
@@ -82,7 +82,7 @@ def test_a_gpu_draws_the_same_documents(name):
 
 @pytest.mark.parametrize("rows, context", [(4, 16), (4, 50)])
 def test_stream_is_the_same_for_any_sharding_and_resumes_exactly(rows, context):
-    corpus = load_process("released-small")
+    corpus = load_corpus("released-small")
     whole = Stream(corpus, rows, context)
     halves = [
         Stream(corpus, rows // 2, context, first_row=first, total_rows=rows)
@@ -102,7 +102,7 @@ def test_stream_is_the_same_for_any_sharding_and_resumes_exactly(rows, context):
 
 
 def test_stream_rows_are_documents_end_to_end():
-    corpus, context = load_process("bound"), 64
+    corpus, context = load_corpus("bound"), 64
     stream = Stream(corpus, 3, context)
     text = torch.cat([stream.next_batch() for _ in range(10)], 1)
     for row in range(3):
@@ -111,9 +111,9 @@ def test_stream_rows_are_documents_end_to_end():
 
 
 def test_documents_that_share_latents_are_shuffled_apart():
-    corpus = load_process("released-small")
+    corpus = load_corpus("released-small")
     places = torch.arange(70_000)
-    ids = document_id(corpus, places)
+    ids = corpus.order(places)
     block = 65_536 - 65_536 % 10
     assert torch.equal(ids[:block].sort().values, places[:block])
     assert ids[block:].min() >= block
@@ -151,7 +151,7 @@ def test_role_sequences_have_the_probabilities_of_nltk(sentence):
 @pytest.mark.parametrize("name", ["bound", "released-small"])
 def test_rank_frequencies_are_zipf(name):
     """One word of each role from each of many unrelated documents: independent draws."""
-    corpus = load_process(name)
+    corpus = load_corpus(name)
     documents = corpus.documents(torch.arange(8000) * corpus.repetitions)
     first = documents.token["position"] < 4
     for r, role in enumerate(corpus.grammar.roles[:3]):
@@ -186,7 +186,7 @@ def test_token_frequencies_are_exact(redraw, binding):
 
 
 def test_maps_are_uniformly_random_permutations():
-    corpus = load_process("bound")
+    corpus = load_corpus("bound")
     maps = corpus.documents(torch.arange(12_000)).maps["verb"]
     assert torch.equal(
         maps.sort(1).values, torch.as_tensor(corpus.grammar.words[1]).expand_as(maps)
@@ -230,7 +230,7 @@ def test_redraw_changes_the_stated_share_at_the_stated_level(level, share):
 
 
 def test_habits_are_followed_with_the_stated_probability():
-    corpus = load_process("bound")
+    corpus = load_corpus("bound")
     documents = corpus.documents(range(2000))
     rank, role = documents.token["rank"], documents.token["role"]
     svo = (role[:-2] == 0) & (role[1:-1] == 1) & (role[2:] == 2)
@@ -249,7 +249,7 @@ def test_flat_control_equals_its_parent_within_sentences(parent, flat):
     """Unigrams, and joint words of each sentence's first four tokens, two samples by chi-square."""
     draws = []
     for name in (parent, flat):
-        corpus = load_process(name)
+        corpus = load_corpus(name)
         documents = corpus.documents(torch.arange(6000) * corpus.repetitions)
         draws.append((documents, corpus))
     first = [d.tokens[d.token["position"] == 0] for d, _ in draws]
@@ -303,7 +303,7 @@ def _same_law(a, b):
 )
 @pytest.mark.parametrize("latent_aware", [True, False])
 def test_empirical_losses_are_within_three_standard_errors_of_the_exact_ones(name, latent_aware):
-    corpus = load_process(name)
+    corpus = load_corpus(name)
     count = 600 if name != "released" else 150
     documents = corpus.documents(HELD_OUT + torch.arange(count) * corpus.repetitions)
     losses = token_losses(corpus.grammar, documents, latent_aware)
@@ -329,12 +329,12 @@ def _within(losses, document, value, count):
 
 def test_mutual_information_is_exact():
     for name in ("bound", "bound-flat", "released-small", "bound-order3"):
-        corpus = load_process(name)
+        corpus = load_corpus(name)
         documents = corpus.documents(torch.arange(6000) * corpus.repetitions)
         distances = [1, 2, 4, 9, 30]
         for labels in (
             np.arange(corpus.vocabulary_size),
-            load_process(name.replace("-order3", "")).grammar.role_of,
+            load_corpus(name.replace("-order3", "")).grammar.role_of,
         ):
             words = len(set(labels)) == corpus.vocabulary_size
             if name == "bound-order3":
@@ -351,7 +351,7 @@ def test_mutual_information_is_exact():
 
 
 def test_chain_has_the_static_corpus_statistics():
-    chain, static = load_process("bound-order3"), load_process("bound-static")
+    chain, static = load_corpus("bound-order3"), load_corpus("bound-static")
     losses = chain.losses()
     assert losses == sorted(losses, reverse=True)
     a, b = (p.documents(range(3000)).tokens for p in (chain, static))
@@ -370,7 +370,7 @@ def test_chain_has_the_static_corpus_statistics():
 
 def test_released_ngram_tables_are_those_of_the_release():
     """Token 0 has probability 0.55 on average; conditional entropy 2.21 and entropy of the average 2.42 nats."""
-    p = load_process("released-ngram").probabilities
+    p = load_corpus("released-ngram").probabilities
     assert float(p[:, 0].mean()) == pytest.approx(0.55, abs=0.02)
     assert float(-(p * p.log()).sum(1).mean()) == pytest.approx(2.21, abs=0.12)
     assert float(-(p.mean(0) * p.mean(0).log()).sum()) == pytest.approx(2.42, abs=0.12)
@@ -378,7 +378,7 @@ def test_released_ngram_tables_are_those_of_the_release():
 
 def test_released_ngram_losses_are_those_of_its_own_draws():
     """The mean loss equals the mean entropy of the mixture it was drawn from, and knowing the tables helps."""
-    corpus = load_process("released-ngram")
+    corpus = load_corpus("released-ngram")
     documents = corpus.documents(range(1500))
     aware, average = (corpus.token_losses(documents, knows) for knows in (True, False))
     assert aware.isfinite().all() and float(aware.mean()) < float(average.mean())
@@ -388,7 +388,7 @@ def test_released_ngram_losses_are_those_of_its_own_draws():
 
 
 def test_released_ngram_has_the_lengths_and_the_unigram_of_its_tables():
-    corpus = load_process("released-ngram")
+    corpus = load_corpus("released-ngram")
     documents = corpus.documents(range(3000))
     lengths = torch.bincount(documents.token["document"])
     assert (
@@ -404,7 +404,7 @@ def test_released_ngram_has_the_lengths_and_the_unigram_of_its_tables():
 
 @pytest.mark.parametrize("name", ["bound", "released-small", "released"])
 def test_held_out_documents_never_share_latents_with_training(name):
-    corpus = load_process(name)
+    corpus = load_corpus(name)
     training = corpus.documents(torch.arange(300))
     kept = corpus.documents(HELD_OUT + torch.arange(300))
     for role in ("subject", "verb", "object"):
@@ -414,10 +414,9 @@ def test_held_out_documents_never_share_latents_with_training(name):
 
 
 def test_no_held_out_sentence_of_the_released_grammar_is_trained_on():
-    corpus = load_process("released")
+    corpus = load_corpus("released")
     excluded = {
-        tuple(s)
-        for s in sentences(corpus.documents(apart(corpus, HELD_OUT, corpus.held_out_limit)))
+        tuple(s) for s in sentences(corpus.documents(corpus.apart(HELD_OUT, corpus.held_out_limit)))
     }
     trained = sentences(corpus.documents(range(6000)))
     assert excluded.isdisjoint({tuple(s) for s in trained})
@@ -434,7 +433,7 @@ def test_more_held_out_documents_than_are_kept_apart_are_refused():
     with pytest.raises(
         ValueError, match="exclude_held_out keeps 4096 out of training; ask for fewer"
     ):
-        held_out(load_process("released"), 2000, 512)
+        held_out(load_corpus("released"), 2000, 512)
 
 
 def test_a_corpus_that_excludes_every_sentence_is_refused():
@@ -444,7 +443,7 @@ def test_a_corpus_that_excludes_every_sentence_is_refused():
 
 
 def test_held_out_windows_share_no_latents_with_each_other():
-    corpus = load_process("released-small")
+    corpus = load_corpus("released-small")
     tops = held_out(
         corpus,
         40,
@@ -455,7 +454,7 @@ def test_held_out_windows_share_no_latents_with_each_other():
 
 
 def test_held_out_windows_begin_with_a_document():
-    corpus = load_process("bound")
+    corpus = load_corpus("bound")
     windows = held_out(
         corpus, 20, 128, annotate=lambda d: {"loss": token_losses(corpus.grammar, d).float()}
     )

@@ -9,7 +9,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from latentree.data.corpus import held_out, load_process
+from latentree.data.corpus import held_out, load_corpus
 from latentree.data.two_level import TwoLevel
 from latentree.series.checkpoints import LocalSeries
 from latentree.train.side_by_side import train_all
@@ -29,7 +29,7 @@ TINY = {
 
 def jobs_in(folder, **settings):
     config = TrainingConfig(**TINY | {"tokens": 1280} | settings)
-    processes = {"bound": load_process("bound", "params/grammars"), "toy": TwoLevel(segments=4)}
+    processes = {"bound": load_corpus("bound", "params/grammars"), "toy": TwoLevel(segments=4)}
     return {
         folder / name: (config, process, held_out(process, 4, 32)["tokens"])
         for name, process in processes.items()

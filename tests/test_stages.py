@@ -8,8 +8,8 @@ import pytest
 import torch
 from grammars import RECURSIVE, make, random_grammar, sentence_grammars
 from hypothesis import given, settings
-from latentree.data.corpus import held_out, load_process
-from latentree.data.sampler import HELD_OUT, GrammarProcess
+from latentree.data.corpus import HELD_OUT, held_out, load_corpus
+from latentree.data.sampler import GrammarProcess
 from latentree.evidence.curves import Curve, sequence_sums
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import counts_losses, predictive, role_losses, token_losses
@@ -113,7 +113,7 @@ def test_the_exact_predictors_mass_is_all_legal(fields):
 
 
 def test_released_values():
-    process = load_process("released-small")
+    process = load_corpus("released-small")
     table = followers(process.grammar)
     assert table["verb"]["subject"] == pytest.approx(2 / 3) and table["object"][
         "verb"
@@ -392,7 +392,7 @@ def test_the_reader_equals_enumeration_of_all_latents(binding, habits):
 
 
 def test_the_reader_by_sampled_maps_comes_close_and_none_does_better():
-    process = load_process("bound")
+    process = load_corpus("bound")
     rows = windows_with_role_losses(process, 24, 96)
     found = [
         reader_losses(process, rows, rows["role_loss"], maps=512, seed=seed) for seed in (0, 1)

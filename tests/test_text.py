@@ -13,8 +13,7 @@ from zlib import crc32
 
 import pytest
 import torch
-from latentree.data.corpus import held_out
-from latentree.data.sampler import HELD_OUT
+from latentree.data.corpus import HELD_OUT, held_out
 from latentree.data.text import Text, load_text
 from latentree.measure import function_vectors as fv
 from latentree.measure import hydra, induction, prompts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from circuit_models import CONTEXT, VOCABULARY, duplicate_model, induction_model, repair_model
-from latentree.data.sampler import HELD_OUT
+from latentree.data.corpus import HELD_OUT
 from latentree.data.two_level import MATCHED_FLAT, TwoLevel, contested, predictive
 from latentree.evidence.intervals import t_interval
 from latentree.inside.names import Internals

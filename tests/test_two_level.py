@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from latentree.data.corpus import held_out
-from latentree.data.sampler import HELD_OUT
+from latentree.data.corpus import HELD_OUT, held_out
 from latentree.data.two_level import (
     HIERARCHICAL,
     KINDS,

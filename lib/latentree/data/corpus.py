@@ -1,5 +1,9 @@
-"""Corpora by name, and the stream of training windows cut from them: nothing is written to disk."""
+"""What a corpus is, corpora by name, and the rows of tokens that are cut from them: nothing is written to disk."""
 
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -8,61 +12,125 @@ from latentree.data import counter
 from latentree.data.files import read_yaml
 from latentree.data.grammar import Grammar
 from latentree.data.grammar_file import ChainFile, HashedFile, checked
-from latentree.data.ngrams import Chain, HashedTables
-from latentree.data.sampler import HELD_OUT, GrammarProcess, apart
 
-SHUFFLED_TOGETHER = (
-    1 << 16
-)  # documents whose order is shuffled as one block, where documents share latents
-BLOCK_TOKENS = 1 << 17  # tokens sampled at a time
+HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
+BLOCK = 1 << 16  # documents whose order is shuffled together, where documents share latents
+REFILL = 1 << 17  # tokens that a stream samples at a time
 
 
-def load_process(name, grammars="params/grammars", seed=0):
-    """The corpus that the file `grammars`/`name`.yaml describes, with a seed.
+@dataclass
+class Documents:
+    """Documents laid end to end: one entry per token in the fields of `token`, int64 (tokens,) each.
 
-    `name` may also be a path to a file. Raises ValueError for a file that is missing or wrong.
+    `token`: tokens; document (index into the ids asked for), position (in the document), and, from a grammar, role,
+    rank, sentence, paragraph, section (numbered within the document), place (in the sentence), shape (index into
+    `shapes`), unit (row of `maps` and `habits`).
+    `maps[role]` (units or 1, size): the token of each rank; `habits[child]` (units, parent size): the child rank that
+    each parent rank calls for.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else Path(grammars) / f"{name}.yaml"
+
+    token: dict
+    count: int
+    shapes: list = field(default_factory=list)
+    maps: dict = field(default_factory=dict)
+    habits: dict = field(default_factory=dict)
+
+    @property
+    def tokens(self):
+        """The tokens themselves (tokens,)."""
+        return self.token["tokens"]
+
+
+def position_within(group):
+    """0, 1, 2, ... within each run of equal numbers of a sorted tensor (n,)."""
+    counts = torch.bincount(group)
+    return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+
+
+class Corpus:
+    """Text of any kind: each of its documents is a pure function of its number, so it need not be stored.
+
+    - name, seed; kind ("PCFG", "flat", "n-gram", ...: its colour in figures) and label (its name in figures).
+    - vocabulary_size, and end, the token that closes a sentence or text (None: there is none).
+    - mean_document_length in tokens.
+    - repetitions: how many documents in a row share their latents.
+    - held_out_limit: how many held-out documents have no sentence in common with training (None: this is not asked).
+    - grammar: the Grammar that its sentences follow, or None.
+    """
+
+    repetitions, held_out_limit, grammar = 1, None, None
+
+    def __init__(
+        self, name, kind, vocabulary_size, end, mean_document_length, content, seed=0, label=""
+    ):
+        self.name, self.kind, self.label, self.seed = name, kind, label or name, seed
+        self.vocabulary_size, self.end = vocabulary_size, end
+        self.mean_document_length = mean_document_length
+        self._content = content
+
+    def documents(self, ids, device="cpu", detail=True):
+        """Documents by number: `ids` (documents,), integers >= 0; from HELD_OUT on they are held out.
+
+        Without `detail` only the fields tokens and document need be filled.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def digest(self):
+        """Eight hex digits of what the corpus is made of, its seed apart: equal ones give the same documents."""
+        return hashlib.sha256(json.dumps(self._content).encode()).hexdigest()[:8]
+
+    def apart(self, first, count):
+        """Numbers of `count` documents from `first` on, (count,), no two of which share their latents."""
+        return first + torch.arange(count) * self.repetitions
+
+    def order(self, place):
+        """The training documents that stand at the places (int64 tensor of any shape) of the corpus.
+
+        Where documents share latents, they are shuffled within blocks, so that those which share lie far apart.
+        """
+        if self.repetitions == 1:
+            return place
+        block = BLOCK - BLOCK % self.repetitions
+        key = counter.mix(torch.tensor(self.seed)) ^ counter.GOLDEN
+        number = place // block
+        shuffled = torch.empty_like(place)
+        for n in number.unique().tolist():
+            here = number == n
+            order = counter.shuffled(counter.subkey(key, n), block)
+            shuffled[here] = n * block + order[place[here] % block]
+        return shuffled
+
+
+def load_corpus(name, folder="params/grammars", seed=0):
+    """The Corpus that the file `folder`/`name`.yaml describes, with a seed.
+
+    Raises ValueError for a file that is missing or wrong.
+    """
+    from latentree.data.ngrams import (  # these are corpora: they import this module
+        Chain,
+        HashedTables,
+    )
+    from latentree.data.sampler import GrammarProcess
+
+    path = Path(folder) / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
         raise ValueError(f"corpus {name!r}: no file {path}; corpora there: {known}")
     content = read_yaml(path)
-    kind = content.pop("kind", "grammar")
-    if kind == "grammar":
-        return GrammarProcess(Grammar(content), seed)
-    if kind == "hashed tables":
-        return HashedTables(
-            seed=seed, **checked(HashedFile, content, path.stem).model_dump(exclude={"about"})
+    if content.get("name") != name:
+        raise ValueError(
+            f"grammar file {path}: name is {content.get('name')!r}; give file and name the same"
         )
-    if kind == "chain":
-        fields = checked(ChainFile, content, path.stem).model_dump(exclude={"about"})
-        parent = path.with_name(f"{fields['parent']}.yaml")
-        if parent.is_file() and read_yaml(parent).get("kind", "grammar") != "grammar":
-            raise ValueError(
-                f"grammar file {path.name}: parent {fields['parent']!r} is no grammar; name a file of kind grammar"
-            )
-        return Chain(load_process(fields.pop("parent"), path.parent, seed), seed=seed, **fields)
-    raise ValueError(
-        f"grammar file {path.name}: kind {kind!r} is unknown; kinds: grammar, hashed tables, chain"
-    )
-
-
-def document_id(process, index):
-    """The training document that stands at place `index` (int64 tensor) of the corpus.
-
-    Where documents share latents, the order is shuffled within blocks, so that those which share lie far apart.
-    """
-    if process.repetitions == 1:
-        return index
-    block = SHUFFLED_TOGETHER - SHUFFLED_TOGETHER % process.repetitions
-    key = counter.mix(torch.tensor(process.seed)) ^ counter.GOLDEN
-    number = index // block
-    order = {int(n): counter.shuffled(counter.subkey(key, n), block) for n in number.unique()}
-    shuffled = torch.empty_like(index)
-    for n, row in order.items():
-        here = number == n
-        shuffled[here] = n * block + row[index[here] % block]
-    return shuffled
+    kind = content.get("kind")
+    if kind == "hashed n-gram":
+        fields = checked(HashedFile, content, name).model_dump(exclude={"kind", "about"})
+        return HashedTables(seed=seed, **fields)
+    if kind == "n-gram":
+        fields = checked(ChainFile, content, name).model_dump(exclude={"kind", "about"})
+        parent = load_corpus(fields.pop("parent"), folder, seed)
+        return Chain(parent, seed=seed, **fields)
+    return GrammarProcess(Grammar(content), seed)
 
 
 def pack(documents, documents_per_row, fields=("tokens",)):
@@ -90,8 +158,8 @@ class Stream:
     of processes, each with its own rows, sees the same corpus.
     """
 
-    def __init__(self, process, rows, context, device="cpu", first_row=0, total_rows=None):
-        self.process, self.rows, self.context, self.device = process, rows, context, device
+    def __init__(self, corpus, rows, context, device="cpu", first_row=0, total_rows=None):
+        self.corpus, self.rows, self.context, self.device = corpus, rows, context, device
         self.first_row, self.total_rows = first_row, total_rows or rows
         self._next = 0  # documents each row has read
         self._buffer = torch.empty(rows, 0, dtype=torch.int64, device=device)
@@ -108,12 +176,10 @@ class Stream:
         return batch
 
     def _refill(self):
-        per_row = max(1, round(BLOCK_TOKENS / (self.rows * self.process.mean_document_length)))
+        per_row = max(1, round(REFILL / (self.rows * self.corpus.mean_document_length)))
         lane = self.first_row + torch.arange(self.rows)
         place = lane[:, None] + (self._next + torch.arange(per_row)) * self.total_rows
-        fresh = self.process.documents(
-            document_id(self.process, place.flatten()), self.device, detail=False
-        )
+        fresh = self.corpus.documents(self.corpus.order(place.flatten()), self.device, detail=False)
         packed, lengths = pack(fresh, per_row)
         kept = self._buffer[:, self._used :]
         old = self._lengths - self._used
@@ -150,9 +216,7 @@ class Stream:
         ):  # rows of other processes may have read less
             unread = lane + torch.arange(read, self._next) * self.total_rows
             fresh = (
-                self.process.documents(
-                    document_id(self.process, unread), self.device, detail=False
-                ).tokens
+                self.corpus.documents(self.corpus.order(unread), self.device, detail=False).tokens
                 if len(unread)
                 else left[:0]
             )
@@ -162,7 +226,7 @@ class Stream:
         self._shortest = int(self._lengths.min())
 
 
-def windows(process, sequences, context, first=0, device="cpu", annotate=None):
+def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
     """Windows of whole documents from number `first` on: each row begins a document, and others follow until it is full.
 
     Of documents that share their latents only the first is taken, so that windows are independent of each other.
@@ -170,15 +234,15 @@ def windows(process, sequences, context, first=0, device="cpu", annotate=None):
     Returns {field: (sequences, context)} for every field of the documents, those that `annotate(documents)` gives
     included (a dict of (tokens,) tensors).
     """
-    per_row = max(1, int(context / process.mean_document_length) + 1)
+    per_row = max(1, int(context / corpus.mean_document_length) + 1)
     while True:
         needed = first - HELD_OUT + sequences * per_row
-        if first >= HELD_OUT and process.held_out_limit and needed > process.held_out_limit:
+        if first >= HELD_OUT and corpus.held_out_limit and needed > corpus.held_out_limit:
             raise ValueError(
-                f"{process.name}: {sequences} held-out sequences of {context} tokens need {needed} documents, but "
-                f"exclude_held_out keeps {process.held_out_limit} out of training; ask for fewer"
+                f"{corpus.name}: {sequences} held-out sequences of {context} tokens need {needed} documents, but "
+                f"exclude_held_out keeps {corpus.held_out_limit} out of training; ask for fewer"
             )
-        documents = process.documents(apart(process, first, sequences * per_row), device)
+        documents = corpus.documents(corpus.apart(first, sequences * per_row), device)
         packed, lengths = pack(documents, per_row)
         if int(lengths.min()) >= context:
             break
@@ -188,6 +252,6 @@ def windows(process, sequences, context, first=0, device="cpu", annotate=None):
     return {name: value[:, :context] for name, value in packed.items()}
 
 
-def held_out(process, sequences, context, device="cpu", annotate=None):
+def held_out(corpus, sequences, context, device="cpu", annotate=None):
     """`windows` of held-out documents. ValueError if the grammar keeps fewer of them apart from training."""
-    return windows(process, sequences, context, HELD_OUT, device, annotate)
+    return windows(corpus, sequences, context, HELD_OUT, device, annotate)

@@ -188,6 +188,12 @@ class Grammar:
             )
 
     @property
+    def content(self):
+        """All that decides what is drawn, in lists and dicts: neither names nor how the file is written."""
+        said = self.file.model_dump(exclude={"name", "kind", "label", "about", "sentence"})
+        return said | {"redraw": sorted(self.file.redraw.items()), "productions": self.productions}
+
+    @property
     def parents_first(self):
         """Roles with a habit, each after the role whose words it follows."""
 

@@ -1,5 +1,7 @@
 """What a grammar file (params/grammars/*.yaml) may say, checked field by field."""
 
+from typing import Literal
+
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +46,8 @@ class GrammarFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str
+    kind: Literal["PCFG", "flat", "static", "small release", "small release, flat"] = "PCFG"
+    label: str = ""
     about: str
     sentence: str
     roles: dict[str, Role]
@@ -57,20 +61,24 @@ class GrammarFile(BaseModel):
 
 
 class HashedFile(BaseModel):
-    """The fields of a file of kind "hashed tables"."""
+    """The fields of a file of kind "hashed n-gram"."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    name: str = "released-ngram"
+    name: str
+    kind: str
+    label: str = ""
     about: str = ""
     vocabulary_size: int = Field(default=1000, gt=1)
     tables: int = Field(default=1000, gt=0)
 
 
 class ChainFile(BaseModel):
-    """The fields of a file of kind "chain"."""
+    """The fields of a file of kind "n-gram": a chain with the counts of a sample of its parent."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    name: str | None = None
+    name: str
+    kind: str
+    label: str = ""
     about: str = ""
     parent: str
     order: int = Field(default=3, gt=0)

@@ -3,30 +3,32 @@
 import torch
 
 from latentree.data import counter
-from latentree.data.sampler import Documents, position_within
+from latentree.data.corpus import Corpus, Documents, position_within
 
 
-class HashedTables:
+class HashedTables(Corpus):
     """The released n-gram corpus: the last tokens, hashed, choose one of many Zipf laws over token index.
 
     Each token draws an order from `orders` with weight i**-1.5 (i = 1, 2, ...), that many last tokens (fewer at the
     start of a document) are hashed to one of `tables`, and table j is a Zipf law over token index with exponent
-    max(Normal(2.0, 1.2), 1.2). A document has 10 + U{0..99} tokens and then the end token. Attributes as a process.
+    max(Normal(2.0, 1.2), 1.2). A document has 10 + U{0..99} tokens and then the end token.
     """
 
     orders = (1, 2, 4, 8, 16, 32, 64, 128)
     shortest, spread = 10, 100
-    mean_document_length = shortest + (spread - 1) / 2 + 1
-    repetitions, held_out_limit = 1, None
 
-    def __init__(self, name="released-ngram", vocabulary_size=1000, tables=1000, seed=0):
-        self.name, self.seed, self.vocabulary_size, self.end, self.tables = (
-            name,
-            seed,
-            vocabulary_size,
-            vocabulary_size - 1,
-            tables,
+    def __init__(self, name="released-ngram", vocabulary_size=1000, tables=1000, seed=0, label=""):
+        super().__init__(
+            name=name,
+            kind="hashed n-gram",
+            vocabulary_size=vocabulary_size,
+            end=vocabulary_size - 1,
+            mean_document_length=self.shortest + (self.spread - 1) / 2 + 1,
+            content={"vocabulary_size": vocabulary_size, "tables": tables},
+            seed=seed,
+            label=label,
         )
+        self.tables = tables
         self._key = counter.mix(torch.tensor(seed))
         generator = torch.Generator().manual_seed(seed)
         exponent = (
@@ -123,7 +125,7 @@ class HashedTables:
         return -p[document, place].log()
 
 
-class Chain:
+class Chain(Corpus):
     """An order-n Markov chain with the exact n+1-gram counts of a sample of another corpus, read as a ring.
 
     Because the sample is a ring, its own contexts are the chain's stationary distribution and no context lacks a
@@ -131,12 +133,20 @@ class Chain:
     lasts `sentences` end tokens, as the documents it was estimated from.
     """
 
-    repetitions, held_out_limit = 1, None
-
-    def __init__(self, parent, order=3, sample_tokens=1_000_000, seed=0, name=None):
-        self.name, self.seed, self.order = name or f"{parent.name}-order{order}", seed, order
-        self.vocabulary_size, self.end = parent.vocabulary_size, parent.end
-        self.mean_document_length = parent.mean_document_length
+    def __init__(self, parent, order=3, sample_tokens=1_000_000, seed=0, name="", label=""):
+        if parent.grammar is None:
+            raise ValueError(f"parent {parent.name!r}: has no grammar; name a corpus that has one")
+        super().__init__(
+            name=name or f"{parent.name}-order{order}",
+            kind="n-gram",
+            vocabulary_size=parent.vocabulary_size,
+            end=parent.end,
+            mean_document_length=parent.mean_document_length,
+            content={"order": order, "sample_tokens": sample_tokens, "parent": parent.digest},
+            seed=seed,
+            label=label,
+        )
+        self.order = order
         self.sentences = parent.grammar.file.document.per_document("sentence")
         if self.vocabulary_size ** (order + 1) >= 2**62:
             raise ValueError(

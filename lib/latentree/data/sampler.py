@@ -4,58 +4,29 @@ Order of the draws: a document's latents (for each level that redraws, from the 
 sentence, a rank for each word, and last the maps that turn ranks into tokens. Each draw has its own key (counter.py).
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 
 from latentree.data import counter
+from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
 from latentree.data.grammar import END, LEVELS, Grammar
 
-HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
 
-
-@dataclass
-class Documents:
-    """Documents laid end to end: one entry per token in the fields of `token`, int64 (tokens,) each.
-
-    `token`: tokens; document (index into the ids asked for), position (in the document), and, from a grammar, role,
-    rank, sentence, paragraph, section (numbered within the document), place (in the sentence), shape (index into
-    `shapes`), unit (row of `maps` and `habits`).
-    `maps[role]` (units or 1, size): the token of each rank; `habits[child]` (units, parent size): the child rank that
-    each parent rank calls for.
-    """
-
-    token: dict
-    count: int
-    shapes: list = field(default_factory=list)
-    maps: dict = field(default_factory=dict)
-    habits: dict = field(default_factory=dict)
-
-    @property
-    def tokens(self):
-        """The tokens themselves (tokens,)."""
-        return self.token["tokens"]
-
-
-def apart(process, first: int, count: int):
-    """Numbers of `count` documents from `first` on, (count,), no two of which share their latents."""
-    return first + torch.arange(count) * process.repetitions
-
-
-def position_within(group):
-    """0, 1, 2, ... within each run of equal numbers of a sorted tensor (n,)."""
-    counts = torch.bincount(group)
-    return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-
-
-class GrammarProcess:
-    """A grammar with a seed: the corpus itself. Attributes: name, seed, grammar, vocabulary_size, end."""
+class GrammarProcess(Corpus):
+    """A Grammar with a seed: sentences of its roles, words by the latents of each place."""
 
     def __init__(self, grammar: Grammar, seed: int = 0):
-        self.grammar, self.seed, self.name = grammar, seed, grammar.name
-        self.vocabulary_size, self.end = grammar.vocabulary_size, grammar.end
-        self.mean_document_length = grammar.mean_document_length
+        super().__init__(
+            name=grammar.name,
+            kind=grammar.file.kind,
+            vocabulary_size=grammar.vocabulary_size,
+            end=grammar.end,
+            mean_document_length=grammar.mean_document_length,
+            content=grammar.content,
+            seed=seed,
+            label=grammar.file.label,
+        )
+        self.grammar = grammar
         self.repetitions = grammar.file.repetitions
         self.held_out_limit = grammar.file.exclude_held_out or None
         self._key = counter.mix(torch.tensor(seed))
@@ -356,7 +327,7 @@ class GrammarProcess:
 
     def _held_out_sentences(self, device):
         if self._excluded is None:
-            documents = self.documents(apart(self, HELD_OUT, self.grammar.file.exclude_held_out))
+            documents = self.documents(self.apart(HELD_OUT, self.grammar.file.exclude_held_out))
             fields = dict(documents.token)
             fields["sentence"] = (fields["place"] == 0).cumsum(0) - 1
             self._excluded = _fingerprints(fields).unique()

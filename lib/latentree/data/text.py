@@ -11,21 +11,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentree.data.sampler import HELD_OUT, Documents, position_within
+from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
 
 
-class Text:
-    """Documents of a text, tokenised; each ends with the tokenizer's end token. Attributes as of GrammarProcess."""
-
-    seed, repetitions, held_out_limit = 0, 1, None
+class Text(Corpus):
+    """Documents of a text, tokenised; each ends with the tokenizer's end token."""
 
     def __init__(self, name: str, documents: list[list[int]], vocabulary_size: int, end: int):
-        self.name, self.vocabulary_size, self.end = name, vocabulary_size, end
+        lengths = [len(document) for document in documents]
+        super().__init__(
+            name=name,
+            kind="OLMo",
+            vocabulary_size=vocabulary_size,
+            end=end,
+            mean_document_length=sum(lengths) / len(lengths),
+            content=[list(map(int, document)) for document in documents],
+        )
         self.count = len(documents)
-        self._lengths = torch.tensor([len(document) for document in documents])
+        self._lengths = torch.tensor(lengths)
         self._begins = self._lengths.cumsum(0) - self._lengths
         self._tokens = torch.from_numpy(np.concatenate(documents))
-        self.mean_document_length = float(self._lengths.double().mean())
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Documents by number, counted from HELD_OUT on and round the text. ValueError for more of them than it has."""

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from latentree.data import counter
-from latentree.data.sampler import Documents, position_within
+from latentree.data.corpus import Corpus, Documents, position_within
 
 HIERARCHICAL, MATCHED_FLAT, RELEASED_FLAT = KINDS = (
     "hierarchical",
@@ -20,8 +20,8 @@ HIERARCHICAL, MATCHED_FLAT, RELEASED_FLAT = KINDS = (
 MOST_SEQUENCES = 1 << 16  # that are enumerated
 
 
-class TwoLevel:
-    """Attributes as of a process, and the exact tables: log_z0 (z0), log_z1 (z0, z1), log_evidence (z1, token) and
+class TwoLevel(Corpus):
+    """A Corpus with its exact tables: log_z0 (z0), log_z1 (z0, z1), log_evidence (z1, token) and
     log_query (z0, z1, token), in nats; all follow from `seed`.
 
     - hierarchical: z0 ~ Dirichlet(1) lasts for the sequence; z1 is one of z0's own with weight `own` to 1 (Dirichlet);
@@ -33,8 +33,6 @@ class TwoLevel:
 
     ValueError for an unknown kind, or sizes that do not divide.
     """
-
-    repetitions, held_out_limit, end = 1, None, None
 
     def __init__(
         self,
@@ -57,13 +55,17 @@ class TwoLevel:
                 f"z0 = {z0}, z1 = {z1}, tokens = {tokens}, segments = {segments}: give z1 and tokens that are multiples "
                 f"of z0, and for the {RELEASED_FLAT} process at most z1 segments"
             )
-        self.name, self.kind, self.seed = f"two-level, {kind}", kind, seed
-        self.segments, self.evidence, self.length = segments, evidence, evidence + 2
-        self.cue, self.vocabulary_size, self.mean_document_length = (
-            tokens,
-            tokens + 1,
-            segments * (evidence + 2),
+        super().__init__(
+            name=f"two-level, {kind}",
+            kind=kind,
+            vocabulary_size=tokens + 1,
+            end=None,
+            mean_document_length=segments * (evidence + 2),
+            content=[kind, segments, evidence, z0, z1, tokens, own, mix, contrast, noise],
+            seed=seed,
         )
+        self.segments, self.evidence, self.length = segments, evidence, evidence + 2
+        self.cue = tokens
         draw = torch.Generator().manual_seed(seed)
         self.parent = torch.arange(z1) // (z1 // z0)
         # A Dirichlet of whole concentrations, as Gammas that are sums of exponentials: torch has no generator for others.

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from latentree.data.corpus import HELD_OUT, Documents, position_within
 from latentree.data.grammar import Grammar
-from latentree.data.sampler import HELD_OUT, Documents, GrammarProcess, position_within
+from latentree.data.sampler import GrammarProcess
 from latentree.exact.bayes import posterior_frequencies
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import predictive

@@ -19,9 +19,9 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from latentree.data.corpus import held_out
+from latentree.data.corpus import HELD_OUT, held_out
 from latentree.data.grammar import LEVELS, Grammar
-from latentree.data.sampler import HELD_OUT, GrammarProcess, apart
+from latentree.data.sampler import GrammarProcess
 from latentree.evidence.curves import sequence_sums
 from latentree.exact.predictors import predictive
 from latentree.train.model import log_probabilities
@@ -95,7 +95,7 @@ def known_to(process: GrammarProcess, documents, level: str) -> tuple:
     }
     content = file.model_dump() | {"redraw": kept, "exclude_held_out": 0}
     base = GrammarProcess(Grammar(content), process.seed).documents(
-        apart(process, HELD_OUT, documents.count)
+        process.apart(HELD_OUT, documents.count)
     )
     each, units = file.document.per_document("sentence"), len(next(iter(base.maps.values())))
     number = documents.token["document"] * each + documents.token["sentence"]

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from latentree.data.corpus import held_out, load_process
+from latentree.data.corpus import held_out, load_corpus
 from latentree.run.parameters import check, declared, load
 from latentree.run.record import project_root
 from latentree.train.training import TrainingConfig, check_run, train
@@ -33,7 +33,7 @@ def jobs_of(parameters: dict) -> dict:
             f"tokens = {counts}: {len(counts)} numbers for {len(corpora)} corpora; give one for each"
         )
     for corpus, tokens in zip(corpora, counts, strict=True):
-        process = load_process(corpus, parameters["grammars"], parameters["corpus_seed"])
+        process = load_corpus(corpus, parameters["grammars"], parameters["corpus_seed"])
         unseen = held_out(process, parameters["held_out_sequences"], parameters["context"])[
             "tokens"
         ]
