@@ -19,7 +19,9 @@ learning_rate: float = 0.01  # largest step of the optimizer
 checkpoint: str = ""  # folder to resume from
 """
 VALIDATE = "from latentree.run.parameters import validate\nparameters = validate(globals())"
-WRITE = "from latentree.evidence.claims_old import write_results\nwrite_results(out, '{}', profile, [])"
+WRITE = (
+    "from latentree.evidence.claims_old import write_results\nwrite_results(out, '{}', profile, [])"
+)
 # Waits a minute, but only the first time that it is executed in this folder.
 WAIT_ONCE = """\
 import pathlib, time

@@ -1,7 +1,8 @@
 """One standard name for each internal point of a causal language model, whatever its architecture calls it.
 
-Matrices follow the mathematics of a row vector: with x (width) the input of a head, its value is x @ W_V (head_dim), and
-what it adds to the attention's output is z @ W_O (width), where z (head_dim) is the head's mix of values.
+Matrices follow the mathematics of a row vector: with x (width) the input of a head, its value is
+x @ W_V (head_dim), and what it adds to the attention's output is z @ W_O (width), where z (head_dim)
+is the head's mix of values.
 """
 
 from contextlib import contextmanager
@@ -15,45 +16,157 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Names:
-    """Where an architecture keeps its parts: dotted paths from the model, then from a block."""
+    """Where an architecture keeps its parts: dotted paths from the model, then from a block.
 
-    blocks: str
-    embedding: str
-    final_norm: str
-    attention: str
-    o_proj: str
-    projections: tuple[str, ...]  # of queries, keys and values; one if they are fused
-    input_norm: str | None  # of the attention; none where it reads the residual stream as it is
+    The defaults are Llama's, so that an architecture of its layout is one line in NAMES.
+    """
+
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    attention: str = "self_attn"
+    o_proj: str = "self_attn.o_proj"
+    projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    mlp: str = "mlp"
+    input_norm: str | None = "input_layernorm"  # None: the attention reads the stream as it is
+    attention_norm: str | None = None  # of what the attention adds to the stream
+    mlp_norm: str | None = None  # of what the MLP adds to it
 
 
-SPLIT = tuple(f"self_attn.{part}_proj" for part in "qkv")
-STACK = ("model.layers", "model.embed_tokens", "model.norm", "self_attn", "self_attn.o_proj", SPLIT)
 NAMES = {
-    "llama": Names(*STACK, "input_layernorm"),
-    "olmo": Names(*STACK, "input_layernorm"),
-    "olmo2": Names(*STACK, None),
+    "llama": Names(),
+    "olmo": Names(),
+    "olmo2": Names(
+        input_norm=None,
+        attention_norm="post_attention_layernorm",
+        mlp_norm="post_feedforward_layernorm",
+    ),
     "gpt_neox": Names(
-        "gpt_neox.layers",
-        "gpt_neox.embed_in",
-        "gpt_neox.final_layer_norm",
-        "attention",
-        "attention.dense",
-        ("attention.query_key_value",),
-        "input_layernorm",
+        blocks="gpt_neox.layers",
+        embedding="gpt_neox.embed_in",
+        final_norm="gpt_neox.final_layer_norm",
+        attention="attention",
+        o_proj="attention.dense",
+        projections=("attention.query_key_value",),
     ),
     "gpt2": Names(
-        "transformer.h",
-        "transformer.wte",
-        "transformer.ln_f",
-        "attn",
-        "attn.c_proj",
-        ("attn.c_attn",),
-        "ln_1",
+        blocks="transformer.h",
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        attention="attn",
+        o_proj="attn.c_proj",
+        projections=("attn.c_attn",),
+        input_norm="ln_1",
     ),
 }
 
 
-def part(root, path: str):
+class Internals:
+    """A model's internal points by name.
+
+    `blocks` (the layers' modules), `embedding`, `unembedding`, `final_norm`; numbers `layers`,
+    `heads`, `head_dim` and `width`. `root` may be nnsight's view of `model`: the points are then
+    what a trace reads and sets. The methods that return weights need the model itself.
+    Raises ValueError if the architecture is unknown, or its attention has no such heads.
+    """
+
+    def __init__(self, model, root=None):
+        self.config, root = model.config, model if root is None else root
+        architecture = self.config.model_type
+        if architecture not in NAMES:
+            raise ValueError(
+                f"architecture = {architecture!r}: its parts have no names here; use one of "
+                f"{', '.join(NAMES)}, or add a line to NAMES"
+            )
+        self.names = NAMES[architecture]
+        self.blocks, self.embedding = (
+            _part(root, self.names.blocks),
+            _part(root, self.names.embedding),
+        )
+        self.final_norm, self.unembedding = _part(root, self.names.final_norm), root.lm_head
+        self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        self.width = self.config.hidden_size
+        self.head_dim = getattr(self.config, "head_dim", None) or self.width // self.heads
+        first = _part(_part(model, self.names.blocks)[0], self.names.o_proj)
+        if weight(first).shape[1] != self.heads * self.head_dim:
+            raise ValueError(
+                f"o_proj: reads {weight(first).shape[1]} coordinates, which are not {self.heads} heads "
+                f"of {self.head_dim}; give a model whose attention concatenates its heads"
+            )
+
+    def attention(self, layer: int):
+        """The attention of a layer."""
+        return _part(self.blocks[layer], self.names.attention)
+
+    def o_proj(self, layer: int):
+        """The projection that reads the heads' mixes of values, end to end: (..., heads * head_dim)."""
+        return _part(self.blocks[layer], self.names.o_proj)
+
+    def mlp(self, layer: int):
+        """The MLP of a layer."""
+        return _part(self.blocks[layer], self.names.mlp)
+
+    def input_norm(self, layer: int):
+        """The norm before the attention; None where it reads the stream as it is."""
+        return self._norm(layer, self.names.input_norm)
+
+    def output_norm(self, layer: int):
+        """The norm of what the attention adds to the stream; None where there is none."""
+        return self._norm(layer, self.names.attention_norm)
+
+    def _norm(self, layer: int, path):
+        return None if path is None else _part(self.blocks[layer], path)
+
+    def attention_written(self, layer: int):
+        """The module whose output is what the attention of a layer adds to the stream."""
+        norm = self.output_norm(layer)
+        return self.o_proj(layer) if norm is None else norm
+
+    def mlp_written(self, layer: int):
+        """The module whose output is what the MLP of a layer adds to the stream."""
+        return _part(self.blocks[layer], self.names.mlp_norm or self.names.mlp)
+
+    def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each: a shared key or value head is repeated.
+
+        Biases and rotary positions are left out; norms of queries and keys enter by their gains.
+        """
+        attention, found = self.attention(layer), []
+        rows = [weight(_part(self.blocks[layer], path)).T for path in self.names.projections]
+        for name, matrix in zip(("q_norm", "k_norm", ""), self._unfused(rows), strict=True):
+            if hasattr(attention, name):
+                gain = getattr(attention, name).weight
+                matrix = matrix * gain.unflatten(0, (-1, self.head_dim))
+            found.append(matrix.repeat_interleave(self.heads // matrix.shape[1], 1).transpose(0, 1))
+        return tuple(found)
+
+    def _unfused(self, rows) -> list:
+        """Queries, keys and values (width, heads, head_dim) of projections (width, channels)."""
+        if len(rows) > 1:
+            return [matrix.unflatten(-1, (-1, self.head_dim)) for matrix in rows]
+        if self.config.model_type == "gpt_neox":  # for each head its query, key and value
+            return list(rows[0].unflatten(-1, (self.heads, 3, self.head_dim)).unbind(-2))
+        return list(rows[0].unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3))
+
+    def w_o(self, layer: int) -> torch.Tensor:
+        """W_O of each head of a layer: (head, head_dim, width)."""
+        return weight(self.o_proj(layer)).T.unflatten(0, (self.heads, self.head_dim))
+
+    def head_written(self, layer: int, z: torch.Tensor) -> torch.Tensor:
+        """What each head adds to the stream (..., head, width), from all mixes z (..., head, head_dim) of a layer.
+
+        With the bias of o_proj, if it has one, this sums to the attention's part. Where a norm reads
+        their sum, each head's part is scaled as the sum is.
+        """
+        added = torch.einsum("...hd,hdw->...hw", z, self.w_o(layer).to(z))
+        total = added.sum(-2, keepdim=True)
+        if getattr(self.o_proj(layer), "bias", None) is not None:
+            total = total + self.o_proj(layer).bias
+        norm = self.output_norm(layer)
+        return norm_gain(norm, added) * norm_scale(norm, total)
+
+
+def _part(root, path: str):
     """What a dotted path leads to, in a module or in nnsight's view of it."""
     return reduce(getattr, path.split("."), root)
 
@@ -89,6 +202,9 @@ def norm_scale(norm, vectors: torch.Tensor) -> torch.Tensor:
         (getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-5
     )  # OLMo's own
     return (vectors.square().mean(-1, keepdim=True) + epsilon).rsqrt()
+
+
+# ---------------------------------------------------------------------- until their callers have moved
 
 
 @torch.no_grad()
@@ -153,126 +269,3 @@ def read_attention(model, tokens, read) -> tuple[list, torch.Tensor]:
     finally:
         for one in hooks:
             one.remove()
-
-
-class Internals:
-    """A model's internal points by name.
-
-    `blocks` (a list of the layers' modules), `embedding`, `unembedding`, `final_norm`; numbers `layers`, `heads`,
-    `kv_heads` (key and value heads, fewer than `heads` where queries share them), `head_dim` and `width`.
-
-    `root` may be nnsight's view of `model`: the points are then its envoys, to read and set in a trace. The methods
-    that return weights need the model itself. ValueError if the architecture is unknown, or has no such heads.
-    """
-
-    def __init__(self, model, root=None):
-        self.model, self.config = model, model.config
-        self.architecture = self.config.model_type
-        if self.architecture not in NAMES:
-            known = ", ".join(NAMES)
-            raise ValueError(
-                f"architecture = {self.architecture!r}: its parts have no names here; use one of {known}"
-            )
-        self.names, root = NAMES[self.architecture], root if root is not None else model
-        self.blocks, self.embedding = (
-            part(root, self.names.blocks),
-            part(root, self.names.embedding),
-        )
-        self.final_norm, self.unembedding = part(root, self.names.final_norm), root.lm_head
-        self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
-        self.width = self.config.hidden_size
-        self.kv_heads = getattr(self.config, "num_key_value_heads", None) or self.heads
-        self.head_dim = getattr(self.config, "head_dim", None) or self.width // self.heads
-        for layer, block in enumerate(part(model, self.names.blocks)):
-            found = weight(part(block, self.names.o_proj)).shape[1]
-            if found != self.heads * self.head_dim:
-                raise ValueError(
-                    f"o_proj of layer {layer}: reads {found} coordinates, which are not {self.heads} heads of "
-                    f"{self.head_dim}; give a model whose attention concatenates its heads"
-                )
-
-    def attention(self, layer: int):
-        """The attention of a layer: its output is (what it adds to the stream, probabilities)."""
-        return part(self.blocks[layer], self.names.attention)
-
-    def o_proj(self, layer: int):
-        """The projection that reads the heads' mixes of values, end to end: (..., heads * head_dim)."""
-        return part(self.blocks[layer], self.names.o_proj)
-
-    def value_proj(self, layer: int):
-        """The module whose output holds the values; `values` takes them out of it."""
-        return part(self.blocks[layer], self.names.projections[-1])
-
-    def mlp(self, layer: int):
-        """The MLP of a layer."""
-        return self.blocks[layer].mlp
-
-    def input_norm(self, layer: int):
-        """The norm before the attention; None where it reads the stream as it is (OLMo 2, which norms what it adds)."""
-        return part(self.blocks[layer], self.names.input_norm) if self.names.input_norm else None
-
-    def output_norm(self, layer: int):
-        """The norm of what the attention adds to the stream; None but for OLMo 2."""
-        return self.blocks[layer].post_attention_layernorm if self.architecture == "olmo2" else None
-
-    def attention_written(self, layer: int):
-        """The module whose output is what the attention of a layer adds to the stream: its output norm, if there is one."""
-        norm = self.output_norm(layer)
-        return self.o_proj(layer) if norm is None else norm
-
-    def mlp_written(self, layer: int):
-        """The module whose output is what the MLP of a layer adds to the stream."""
-        return (
-            self.blocks[layer].post_feedforward_layernorm
-            if self.architecture == "olmo2"
-            else self.mlp(layer)
-        )
-
-    def values(self, projected: torch.Tensor) -> torch.Tensor:
-        """The values (..., head, head_dim) in the output (..., channels) of `value_proj`, a shared one for each head."""
-        value = self._unfused(projected)[-1]
-        clip = getattr(self.config, "clip_qkv", None)  # OLMo bounds queries, keys and values
-        value = value if clip is None else value.clamp(-clip, clip)
-        return value.repeat_interleave(self.heads // value.shape[-2], -2)
-
-    def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each: a shared key or value head is repeated.
-
-        Biases and rotary positions are left out; OLMo 2's norms of queries and keys enter by their gains.
-        """
-        block, attention = self.blocks[layer], self.attention(layer)
-        rows = [weight(part(block, path)).T for path in self.names.projections]
-        for i, name in enumerate(("q_norm", "k_norm")):
-            if hasattr(attention, name):
-                rows[i] = rows[i] * getattr(attention, name).weight
-        split = (
-            self._unfused(rows[0]) if len(rows) == 1 else [self._unfused(row)[-1] for row in rows]
-        )
-        shared = [matrix.repeat_interleave(self.heads // matrix.shape[-2], -2) for matrix in split]
-        return tuple(matrix.transpose(0, 1) for matrix in shared)
-
-    def w_o(self, layer: int) -> torch.Tensor:
-        """W_O of each head of a layer: (head, head_dim, width)."""
-        return weight(self.o_proj(layer)).T.unflatten(0, (self.heads, self.head_dim))
-
-    def head_written(self, layer: int, z: torch.Tensor) -> torch.Tensor:
-        """What each head adds to the stream (..., head, width), from the mixes z (..., head, head_dim) of all of a layer.
-
-        With the bias of o_proj, if it has one, this sums to the attention's part. Where a norm reads their sum (OLMo 2),
-        each head's is scaled as the sum is.
-        """
-        norm, added = (
-            self.output_norm(layer),
-            torch.einsum("...hd,hdw->...hw", z, self.w_o(layer).to(z)),
-        )
-        bias = getattr(self.o_proj(layer), "bias", None)
-        total = added.sum(-2, keepdim=True) + (0 if bias is None else bias)
-        return norm_gain(norm, added) * norm_scale(norm, total)
-
-    def _unfused(self, projected):
-        """Queries, keys and values (..., heads, head_dim) of a fused projection (..., channels); else the one there is."""
-        if len(self.names.projections) > 1:
-            return [projected.unflatten(-1, (-1, self.head_dim))]
-        if self.architecture == "gpt_neox":  # for each head its query, key and value
-            return projected.unflatten(-1, (self.heads, 3, self.head_dim)).unbind(-2)
-        return projected.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)

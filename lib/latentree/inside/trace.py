@@ -14,7 +14,7 @@ Points of a run, by what is written there (names.py finds the modules of each ar
 import torch
 from nnsight import NNsight
 
-from latentree.inside.attention import attention  # noqa: F401
+from latentree.inside.attention import attention
 from latentree.inside.names import Internals, readable_attention
 from latentree.train.model import next_token_losses
 
@@ -152,27 +152,25 @@ def replaced_logits(model, tokens, replacements, patterns=None) -> torch.Tensor:
     key) every head of the later layers attends as they say: it mixes the values of this run with those probabilities.
     ValueError for a head that the model does not have.
     """
-    traced = NNsight(model)
-    inside = Internals(model, traced)
-    check_heads(inside, replacements)
-    first = min((layer for layer, _ in replacements), default=inside.layers)
-    with traced.trace(input_ids=tokens, use_cache=False):
-        for layer in range(first, inside.layers):
-            if patterns is not None and layer > first:
-                values = inside.values(inside.value_proj(layer).output)
-                z = torch.einsum("bhqk,bkhd->bqhd", patterns[layer], values)
-            else:
-                z = (
-                    inside.o_proj(layer)
-                    .input.unflatten(-1, (inside.heads, inside.head_dim))
-                    .clone()
-                )
-            for (where, head), replacement in replacements.items():
-                if where == layer:
-                    z[:, :, head] = replacement
-            inside.o_proj(layer).input = z.flatten(-2)
-        logits = traced.output.logits.save()
-    return logits
+    check_heads(Internals(model), replacements)
+    first = min((layer for layer, _ in replacements), default=len(Internals(model).blocks))
+
+    def putting(heads):
+        def put(z):
+            for head, replacement in heads.items():
+                z[:, :, head] = replacement
+            return z
+
+        return put
+
+    by_layer = {}
+    for (layer, head), replacement in replacements.items():
+        by_layer.setdefault(layer, {})[head] = replacement
+    change = {("z", layer): putting(heads) for layer, heads in by_layer.items()}
+    if patterns is None:
+        return run(model, tokens, read=("logits",), change=change)["logits"]
+    with attention(model, lambda layer, p: patterns[layer] if layer > first else None):
+        return run(model, tokens, read=("logits",), change=change)["logits"]
 
 
 def ablated_losses(model, tokens, heads, how, reference=None, seed=0, rows=32) -> torch.Tensor:
