@@ -1,0 +1,89 @@
+"""Pictures show the numbers of their tables, where they belong."""
+
+from io import BytesIO
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import pandas as pd
+import pytest
+from latentree.data.corpus import load_corpus
+from latentree.evidence import figures
+from matplotlib import pyplot as plt
+from PIL import Image
+
+TABLE = pd.DataFrame(
+    [
+        (corpus, layer, tokens, layer + tokens / 1e6, -1.0 if layer else 1.0, 9.0)
+        for corpus in ("bound", "bound-flat")
+        for layer in (0, 1)
+        for tokens in (2e6, 1e6)
+    ],
+    columns=["corpus", "layer", "tokens", "value", "low", "high"],
+)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    figures.set_style()
+    yield
+    plt.close("all")
+
+
+def test_pick_keeps_what_equals_or_is_one_of_the_wanted():
+    assert len(figures.pick(TABLE, corpus="bound", layer=1)) == 2
+    assert len(figures.pick(TABLE, layer=[0, 1], tokens=1e6)) == 4
+    assert figures.pick(TABLE, corpus="nowhere").empty
+
+
+def test_lines_are_sorted_coloured_by_corpus_and_have_bands():
+    corpora = [load_corpus(name) for name in ("bound", "bound-flat")]
+    colours = figures.palette(corpora)
+    assert len(set(colours.values())) == 2
+    grid = figures.lines(TABLE, hue="corpus", col="layer", palette=colours)
+    panel = grid.axes[0, 1]
+    assert panel.get_title() == "1"
+    drawn = {line.get_label(): line for line in panel.lines}
+    assert drawn["bound"].get_xydata().tolist() == [[1e6, 2.0], [2e6, 3.0]]
+    assert matplotlib.colors.same_color(drawn["bound-flat"].get_color(), colours["bound-flat"])
+    band = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (-1.0, 9.0)
+
+
+def test_bars_stand_side_by_side_with_their_whiskers():
+    rows = figures.pick(TABLE, tokens=1e6)
+    axes = figures.bars(rows, x="layer", hue="corpus").axes[0, 0]
+    assert [bar.get_height() for bar in axes.patches] == [1.0, 2.0, 1.0, 2.0]
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
+    assert all(right <= left + 1e-9 for (_, right), (left, _) in zip(edges, edges[1:]))
+
+
+def test_heatmaps_put_each_value_in_its_cell_and_dot_those_open_to_zero():
+    grid = figures.heatmaps(TABLE, col="corpus", dots=True)
+    panel = grid.axes[0, 0]
+    assert panel.images[0].get_array().tolist() == [[1.0, 2.0], [2.0, 3.0]]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1.0", "2.0"]
+    assert panel.lines[0].get_xydata().tolist() == [[0, 1], [1, 1]]
+    assert panel.images[0].get_clim() == (-3.0, 3.0)
+
+
+def test_a_written_picture_says_in_words_what_it_shows(tmp_path):
+    grid = figures.lines(TABLE, hue="corpus", col="layer")
+    grid.set(xlabel="training tokens", ylabel="loss (nats)")
+    figures.write(grid.figure, tmp_path / "a.png")
+    told = Image.open(tmp_path / "a.png").text["Description"]
+    assert "2 panels" in told and "training tokens" in told and "bound, bound-flat" in told
+
+
+def test_small_pictures_keep_their_shades():
+    figure, axes = plt.subplots()
+    axes.imshow(np.random.default_rng(0).random((64, 64)), cmap="RdBu")
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=130)
+    small = figures.with_palette(drawn.getvalue())
+    assert len(small) < len(drawn.getvalue())
+    before = np.asarray(Image.open(drawn).convert("RGB"), float)
+    after = np.asarray(Image.open(BytesIO(small)).convert("RGB"), float)
+    assert abs(before - after).mean() < 1.0
