@@ -113,7 +113,7 @@ def test_stream_rows_are_documents_end_to_end():
 def test_documents_that_share_latents_are_shuffled_apart():
     corpus = load_corpus("released-small")
     places = torch.arange(70_000)
-    ids = corpus.order(places)
+    ids = corpus.training_ids(places)
     block = 65_536 - 65_536 % 10
     assert torch.equal(ids[:block].sort().values, places[:block])
     assert ids[block:].min() >= block

@@ -84,7 +84,7 @@ class Corpus:
         """Numbers of `count` documents from `first` on, (count,), no two of which share their latents."""
         return first + torch.arange(count) * self.repetitions
 
-    def order(self, place):
+    def training_ids(self, place):
         """The training documents that stand at the places (int64 tensor of any shape) of the corpus.
 
         Where documents share latents, they are shuffled within blocks, so that those which share lie far apart.
@@ -179,7 +179,9 @@ class Stream:
         per_row = max(1, round(REFILL / (self.rows * self.corpus.mean_document_length)))
         lane = self.first_row + torch.arange(self.rows)
         place = lane[:, None] + (self._next + torch.arange(per_row)) * self.total_rows
-        fresh = self.corpus.documents(self.corpus.order(place.flatten()), self.device, detail=False)
+        fresh = self.corpus.documents(
+            self.corpus.training_ids(place.flatten()), self.device, detail=False
+        )
         packed, lengths = pack(fresh, per_row)
         kept = self._buffer[:, self._used :]
         old = self._lengths - self._used
@@ -216,7 +218,9 @@ class Stream:
         ):  # rows of other processes may have read less
             unread = lane + torch.arange(read, self._next) * self.total_rows
             fresh = (
-                self.corpus.documents(self.corpus.order(unread), self.device, detail=False).tokens
+                self.corpus.documents(
+                    self.corpus.training_ids(unread), self.device, detail=False
+                ).tokens
                 if len(unread)
                 else left[:0]
             )
