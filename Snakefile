@@ -1,17 +1,17 @@
 """The order of the notebooks; `make run` starts it. A notebook is executed again when one of its inputs is newer.
 
-A notebook's output is a stamp, .NN_name.done, that git ignores, beside its result. git gives the files of a fresh
-clone arbitrary times, and the reading copy under outputs/ comes with its results; but a clone has no stamps, so its
-first run executes every notebook, and the next one executes none. The executed notebook is neither an output nor a log:
-Snakemake deletes a failed job's outputs and fills in its missing logs with empty files, while latentree.run.execution leaves
-either NN_name.ipynb or NN_name.failed.ipynb.
+Inputs are the notebook, its parameter file, the grammars that these name, and the modules of lib that it imports, directly or
+through others. The output is a stamp, .NN_name.done: `latentree.run` itself moves what a notebook writes into its place, and
+leaves what was finished before where it is if the notebook fails, while Snakemake deletes a failed job's outputs.
 """
 
+import ast
+import json
+import re
 import sys
 from pathlib import Path
 
-from latentree.data.files import read_yaml
-from latentree.run.execution import output_folder, summary
+import yaml
 
 # notebook: the notebooks that must be executed before it
 NOTEBOOKS = {
@@ -28,30 +28,62 @@ LIGHT = {"01_grammar_design"}  # needs no GPU
 FIRST = ["01", "02", "06", "03", "04", "05", "08", "07"]  # started in this order: the longest early, so that others fill the other cores
 
 PROFILE = config.get("profile", "laptop")
+if not Path(f"params/{PROFILE}").is_dir():
+    sys.exit(f"error: profile = {PROFILE!r}: no folder params/{PROFILE}")
+OUT = f"outputs/{PROFILE}"
 GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # for each job
 CORES = workflow.cores or 2  # a cluster does not say how many it has
-try:
-    OUT = output_folder(PROFILE).as_posix()
-except ValueError as error:
-    sys.exit(f"error: {error}")  # in one line, where Snakemake would show where it was raised
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
-
 # With GPUs each training of notebook 02 is a job of its own, so that a cluster runs them in parallel; 02 finds them finished.
-TRAINED = read_yaml(f"params/{PROFILE}/02_training.yaml") if GPUS else {"corpora": [], "seeds": []}
+TRAINED = yaml.safe_load(Path(f"params/{PROFILE}/02_training.yaml").read_text()) if GPUS else {"corpora": [], "seeds": []}
 CARD = f"{OUT}/checkpoints/{{corpus}}/seed-{{seed}}/run_card.json"
+GRAMMARS = {file.stem: file for file in sorted(Path("params/grammars").glob("*.yaml"))}
 
 
 def stamp(name):
     return f"{OUT}/.{name}.done"
 
 
-def result(name):
-    return f"{OUT}/results/{name.split('_')[0]}.json"
+def code_of(name):
+    cells = json.loads(Path(f"notebooks/{name}.ipynb").read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def grammars_of(text):
+    """The grammar files whose names, or whose parents' names, stand in a text, and their own parents."""
+    named = set(re.findall(r"[\w-]+", text))
+    parent = {name: yaml.safe_load(file.read_text()).get("parent") for name, file in GRAMMARS.items()}
+    found = {name for name in GRAMMARS if named & {name, parent[name], name.rsplit("-", 1)[0]}}
+    while more := {parent[name] for name in found if parent[name]} - found:
+        found |= more
+    return [str(GRAMMARS[name]) for name in sorted(found)]
+
+
+def modules_of(code, found=None):
+    """The files of lib/latentree that Python code imports, directly or through others."""
+    found = {} if found is None else found
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            file = Path("lib", *name.split(".")).with_suffix(".py")
+            if file.exists() and str(file) not in found:
+                found[str(file)] = name
+                modules_of(file.read_text(), found)
+    return sorted(found)
 
 
 def tell():
-    print(*summary(Path(OUT), {name: Path(stamp(name)).exists() for name in HERE}), sep="\n", file=sys.stderr)
+    """One line for each notebook: done, or failed and where to look."""
+    for name in HERE:
+        failed, done = Path(OUT, f"{name}.failed.ipynb"), Path(stamp(name)).exists()
+        told = f"FAILED, see {failed}" if failed.exists() else "done" if done else "not executed"
+        print(f"{name}: {told}", file=sys.stderr)
 
 
 onsuccess:
@@ -64,27 +96,31 @@ onerror:
 
 rule all:
     input:
-        [file(name) for name in HERE for file in (result, stamp)],
+        [stamp(name) for name in HERE],
     default_target: True
 
 
 rule train:
     input:
         params=f"params/{PROFILE}/02_training.yaml",
-        others=sorted(map(str, Path("params/grammars").glob("*.yaml"))),
+        grammars=lambda wildcards: grammars_of(wildcards.corpus),
     output:
         CARD,
     threads: 8
     resources:
         gpu=GPUS,
     params:
-        launch=f"{sys.executable} -m" + (f" accelerate.commands.launch --num_processes {GPUS} -m" if GPUS > 1 else ""),
+        python=sys.executable,
+        launch=f"-m accelerate.commands.launch --num_processes {GPUS}" if GPUS > 1 else "",
         out=OUT,
     shell:
-        "{params.launch} latentree.train.launch --params {input.params:q} --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
+        "{params.python:q} {params.launch} -m latentree.train.launch --params {input.params:q}"
+        " --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
 
 
 for name, after in HERE.items():
+    settings = f"params/{PROFILE}/{name}.yaml"
+    code = code_of(name)
 
     rule:
         name:
@@ -93,11 +129,10 @@ for name, after in HERE.items():
             after=[stamp(other) for other in after],
             trained=expand(CARD, corpus=TRAINED["corpora"], seed=TRAINED["seeds"]) if name == "02_training" else [],
             notebook=f"notebooks/{name}.ipynb",
-            params=f"params/{PROFILE}/{name}.yaml",
-            others=sorted(map(str, [*Path("params/grammars").glob("*.yaml"), *Path("lib/latentree").glob("**/*.py")])),
+            params=settings,
+            others=grammars_of(code + Path(settings).read_text()) + modules_of(code),
         output:
-            result=result(name),
-            stamp=touch(stamp(name)),
+            touch(stamp(name)),
         # 02 trains many models side by side, and nothing may hold a core that it waits for; the others run side by side
         threads: CORES if name[:2] in ("01", "02") else max(1, CORES // 2)
         resources:

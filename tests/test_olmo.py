@@ -44,7 +44,7 @@ def run_07(tmp_path, **values):
         [
             sys.executable,
             "-m",
-            "latentree.run.execution",
+            "latentree.run",
             "notebooks/07_olmo.ipynb",
             "--params",
             str(tmp_path / "07.yaml"),

@@ -40,7 +40,7 @@ def snakemake(root: Path) -> subprocess.CompletedProcess:
 
 
 def folder_of(root: Path) -> Path:
-    line = [sys.executable, "-m", "latentree.run.execution", "--folder-of", "smoke"]
+    line = [sys.executable, "-m", "latentree.run", "--folder-of", "smoke"]
     return (
         root
         / subprocess.run(line, cwd=root, capture_output=True, text=True, check=True).stdout.strip()

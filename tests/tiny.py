@@ -59,7 +59,7 @@ def write_project(root: Path, **notebooks: list[str]) -> Path:
 def command(name: str, *more: str) -> list[str]:
     """The command line that runs a project's notebook into its folder `out`."""
     files = [f"notebooks/{name}.ipynb", "--params", f"params/smoke/{name}.yaml", "--out", "out"]
-    return [sys.executable, "-m", "latentree.run.execution", *files, *more]
+    return [sys.executable, "-m", "latentree.run", *files, *more]
 
 
 def run(root: Path, name: str, *more: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from latentree.data.corpus import held_out, load_corpus
-from latentree.run.parameters import check, declared, load
+from latentree.data.files import read_yaml
+from latentree.run.parameters import check, declared
 from latentree.run.record import project_root
 from latentree.train.training import TrainingConfig, check_run, train
 
@@ -24,8 +25,8 @@ def jobs_of(parameters: dict) -> dict:
     """What notebook 02 trains with these parameters: {folder: (TrainingConfig, process, held-out tokens)}."""
     settings = {name: parameters[name] for name in SETTINGS}
     settings |= {
-        "checkpoints_even": parameters["checkpoints"],
-        "checkpoints_log": parameters["checkpoints"],
+        "checkpoints_even": parameters["checkpoint_count"],
+        "checkpoints_log": parameters["checkpoint_count"],
     }
     jobs, corpora, counts = {}, parameters["corpora"], parameters["tokens"]
     if len(corpora) != len(counts):
@@ -58,9 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="only this one of the seeds")
     given = parser.parse_args(arguments)
     try:
-        declarations = declared(project_root() / NOTEBOOK)
-        values = {name: declaration.default for name, declaration in declarations.items()}
-        parameters = values | check(load(given.params), declarations) | {"out": given.out}
+        parameters = check(read_yaml(given.params), declared(project_root() / NOTEBOOK))
+        parameters["out"] = given.out
         jobs = {
             folder: job
             for folder, job in jobs_of(parameters).items()
