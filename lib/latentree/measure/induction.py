@@ -1,8 +1,8 @@
 """Heads that find what followed the current context before: their scores, and what the whole model makes of it.
 
-A score of a head is the attention that it pays to certain targets (stimuli.py), averaged over the queries that have some.
-Induction attends to what followed a match (Olsson et al. 2022; by order: Akyurek et al. 2024), a duplicate-token head to
-the match itself.
+A score of a head is the attention that it pays to certain targets (stimuli.py), averaged over the
+queries that have some. Induction attends to what followed a match (Olsson et al. 2022; by order:
+Akyurek et al. 2024), a duplicate-token head to the match itself.
 """
 
 import numpy as np
@@ -10,176 +10,175 @@ import pandas as pd
 import torch
 
 from latentree.evidence.intervals import ratio
-from latentree.inside.names import read_attention
+from latentree.inside.attention import attention
 from latentree.measure.circuits import copying
-from latentree.measure.selection import best_head, choose_and_score
 from latentree.measure.stimuli import RELEASED, Stimulus, Targets
 from latentree.train.model import next_token_losses
 
-SAME_FOR_ALL = (
-    "previous-token",
-    RELEASED,
-)  # scores whose targets are at the same positions in every sequence
-COLUMNS = [
-    "stimulus",
-    "score",
-    "order",
-    "variant",
-    "layer",
-    "head",
-    "value",
-    "low",
-    "high",
-    "chance",
-    "elsewhere",
-    "queries",
-]
-
-
-def attention_sums(attention, targets: Targets) -> torch.Tensor:
-    """Attention (batch, head, query, key) on the targets, summed within each sequence: (batch, score, head), float64.
-
-    Divided by the targets' `queries` it is the score of each sequence.
-    """
-    batch, scores = len(attention), len(targets.names)
-    entries = (targets.sequence, targets.query, targets.key, targets.score)
-    s, q, k, score = (entry.to(attention.device) for entry in entries)
-    paid = attention[s, :, q, k].double()
-    return (
-        paid.new_zeros(batch * scores, attention.shape[1])
-        .index_add(0, s * scores + score, paid)
-        .view(batch, scores, -1)
-    )
-
-
-def chance(targets: Targets) -> torch.Tensor:
-    """Each score (score,) of a head that attends uniformly to all it can see."""
-    share = 1 / (targets.query + 1).double()
-    return share.new_zeros(len(targets.names)).index_add(
-        0, targets.score, share
-    ) / targets.queries.sum(0)
-
-
-def in_context_gain(losses, stimulus: Stimulus):
-    """How much less a repeated bigram costs than its first occurrence in its document: sums and counts (sequence,).
-
-    `losses` (sequence, position - 1), nats. The gain, log p(x_q+1) at each later occurrence of (x_q, x_q+1) minus at the
-    first, is averaged over later occurrences; what other context adds between the two is part of it.
-    """
-    tokens = stimulus.tokens
-    document = torch.zeros_like(tokens) if stimulus.document is None else stimulus.document
-    row = torch.arange(len(tokens), device=tokens.device)[:, None]
-    size, inside = int(tokens.max()) + 1, (document[:, 1:] == document[:, :-1]).flatten()
-    bigram = (
-        (row * (int(document.max()) + 1) + document[:, :-1]) * size + tokens[:, :-1]
-    ) * size + tokens[:, 1:]
-    kinds, kind = bigram.flatten().unique(return_inverse=True)
-    place = torch.arange(len(kind), device=tokens.device)
-    earliest = torch.full_like(kinds, len(kind)).scatter_reduce(0, kind, place, "amin")[kind]
-    again = ((earliest < place) & inside).view_as(losses)
-    gain = losses.flatten()[earliest].view_as(losses) - losses
-    return (gain * again).sum(1), again.sum(1)
-
-
-def second_copy_gain(losses, period: int):
-    """Loss on the first copy minus on the second, nats a token, over the tokens 2 to `period` of each: sums and counts."""
-    gain = losses[:, : period - 1] - losses[:, period : 2 * period - 1]
-    return gain.sum(1), torch.full_like(gain[:, 0], period - 1)
+SAME_FOR_ALL = ("previous-token", RELEASED)  # targets at the same positions in every sequence
 
 
 @torch.no_grad()
 def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
-    """All scores of a model, one row each, in COLUMNS; `rows` sequences run at a time.
+    """All scores of a model, one row each; `rows` sequences run at a time.
 
-    variant `head`: one head's score. `best`: the best head's, cross-fitted by `choose_and_score`; the layer and head
-    named are the best over all sequences. `as released`: the largest over heads of the release's score, order is its k.
-    `model`: loss (nats a token), in-context gain, second-copy gain (nats; layer and head are -1). Copying is the OV
-    circuit's (circuits.py). low and high bound 95 % over sequences. Two nulls: chance is uniform attention's score, and
-    elsewhere what the same head pays to the targets of another sequence, which its positions alone can explain (not a
-    number where all sequences have the same targets).
+    Columns stimulus, score, order, variant, layer, head, value, low, high (95 % over sequences),
+    chance, elsewhere, queries. variant `head`: one head's score. `best`: the best head's, by
+    `choose_and_score`; the layer and head named are the best over all sequences. `as released`:
+    the largest over heads of the release's score, order is its k. `model`: loss (nats a token),
+    in-context gain, second-copy gain (nats; layer and head are -1). Copying is the OV circuit's.
+
+    Two nulls: chance is uniform attention's score, and elsewhere what the same head pays to the
+    targets of another sequence, which its positions alone can explain (not a number where all
+    sequences have the same targets).
     """
     tables = []
     for name, stimulus in stimuli.items():
-        sums, elsewhere, losses = [], [], []
-        both = stimulus.targets, stimulus.targets.of_another_sequence()
-        for first in range(0, len(stimulus.tokens), rows):
-            chunk = stimulus.tokens[first : first + rows].to(model.device)
-            here = [targets.of_sequences(first, len(chunk)) for targets in both]
-            paid, logits = read_attention(
-                model, chunk, lambda a: [attention_sums(a, targets).cpu() for targets in here]
-            )
-            for found, layers in zip((sums, elsewhere), zip(*paid)):
-                found.append(torch.cat(layers, 2))
-            losses.append(next_token_losses(logits, chunk).double().cpu())
-        scores = torch.cat([torch.cat(sums), copying(model, stimulus.tokens)[:, None]], 1)
-        rows_of = [
-            head_rows(scores, torch.cat(elsewhere), stimulus.targets),
-            model_rows(torch.cat(losses), stimulus),
+        sums, elsewhere, losses = _run(model, stimulus, rows)
+        sums = torch.cat([sums, copying(model, stimulus.tokens)[:, None]], 1)
+        scores = _score_rows(sums, elsewhere, stimulus.targets)
+        tables += [
+            scores.assign(stimulus=name),
+            _model_rows(losses, stimulus).assign(stimulus=name),
         ]
-        tables.append(pd.concat(rows_of, ignore_index=True).assign(stimulus=name))
     table, heads = pd.concat(tables, ignore_index=True), model.config.num_attention_heads
     number = table["head"]
-    return table.assign(layer=number // heads, head=(number % heads).where(number >= 0, -1))[
-        COLUMNS
-    ]
+    table["layer"] = number // heads
+    table["head"] = (number % heads).where(number >= 0, -1)
+    first = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high"]
+    return table[[*first, "chance", "elsewhere", "queries"]]
 
 
-def head_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
+def attention_sums(probabilities, targets: Targets) -> torch.Tensor:
+    """Attention (batch, head, query, key) on the targets, summed: (batch, score, head), float64.
+
+    Divided by the targets' `queries` it is the score of each sequence.
+    """
+    batch, scores = len(probabilities), len(targets.names)
+    sequence, query, key, score = targets.entries.to(probabilities.device)
+    paid = probabilities[sequence, :, query, key].double()
+    sums = paid.new_zeros(batch * scores, probabilities.shape[1])
+    return sums.index_add(0, sequence * scores + score, paid).unflatten(0, (batch, scores))
+
+
+def chance(targets: Targets) -> torch.Tensor:
+    """Each score (score,) of a head that attends uniformly to all it can see."""
+    _, query, _, score = targets.entries
+    sums = torch.zeros(len(targets.names), dtype=torch.float64)
+    return sums.index_add(0, score, 1 / (query + 1).double()) / targets.queries.sum(0)
+
+
+def in_context_gain(losses, stimulus: Stimulus):
+    """How much less a repeated pair costs than its first occurrence: sums and counts (sequence,).
+
+    `losses` (sequence, position - 1), nats. The gain, log p(x_q+1) at each later occurrence of
+    (x_q, x_q+1) in a document minus at the first, is averaged over later occurrences; what other
+    context adds between the two is part of it.
+    """
+    same_pair = stimulus.orders[:, 1:, 1:] >= 2
+    again, first = same_pair.any(2), same_pair.int().argmax(2)
+    gain = losses.gather(1, first) - losses
+    return (gain * again).sum(1), again.sum(1)
+
+
+def choose_and_score(sums, counts):
+    """The best head, chosen on one half of the sequences and scored on the other, both ways together.
+
+    `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all
+    sequences, and the heads (2,) chosen by the odd and the even ones. The maximum over heads does
+    not bias the value, for no sequence chooses the head that it scores; the interval takes the
+    choice as given.
+    """
+    half = torch.arange(len(sums), device=sums.device) % 2
+    odd, even = half == 1, half == 0
+    chosen = torch.stack([_best(sums[odd], counts[odd]), _best(sums[even], counts[even])])
+    return *ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts), chosen
+
+
+def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
+    """The first step from which on the interval's lower end stays above null + margin; None if never.
+
+    `curve` has one row a step, with columns step and low; `null` is a number or a column's name.
+    Raises ValueError for several rows of one step.
+    """
+    if curve["step"].duplicated().any():
+        raise ValueError(
+            f"curve: has {len(curve)} rows for {curve['step'].nunique()} steps; choose one curve"
+        )
+    curve = curve.sort_values("step", ascending=False)
+    level = curve[null] if isinstance(null, str) else null
+    stays = (curve["low"] > level + margin).cummin()  # from the last step backwards
+    return int(curve["step"][stays].min()) if stays.any() else None
+
+
+def _best(sums, counts):
+    """The head with the largest score over all these sequences."""
+    return (sums.sum(0) / counts.sum()).nan_to_num(-torch.inf).argmax()
+
+
+def _run(model, stimulus: Stimulus, rows: int):
+    """Attention sums on the own targets and on another sequence's, and losses, of all sequences."""
+    sums, elsewhere, losses = [], [], []
+    own, other = stimulus.targets, stimulus.targets.of_another_sequence()
+    for first in range(0, len(stimulus.tokens), rows):
+        tokens = stimulus.tokens[first : first + rows].to(model.device)
+        here, there = (t.of_sequences(first, len(tokens)) for t in (own, other))
+        on_own, on_other = [], []
+
+        def see(layer, probabilities):
+            on_own.append(attention_sums(probabilities, here).cpu())
+            on_other.append(attention_sums(probabilities, there).cpu())
+
+        with attention(model, see):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        sums.append(torch.cat(on_own, 2))
+        elsewhere.append(torch.cat(on_other, 2))
+        losses.append(next_token_losses(logits, tokens).double().cpu())
+    return torch.cat(sums), torch.cat(elsewhere), torch.cat(losses)
+
+
+def _score_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
     """The rows of single heads, best heads and the released score, heads numbered through all layers.
 
-    `sums` (sequence, score, head): of `attention_sums`, then copying, which every sequence has; `elsewhere` those of the
-    targets of other sequences, without copying.
+    `sums` (sequence, score, head): of `attention_sums`, then copying, which every sequence has.
     """
-    null = torch.cat(
-        [
-            elsewhere.sum(0) / targets.queries.sum(0)[:, None],
-            torch.full_like(sums[0, -1:], torch.nan),
-        ]
-    )
-    counts = torch.cat([targets.queries, torch.ones_like(targets.queries[:, :1])], 1)
     names, levels = [*targets.names, ("copying", 0)], [*chance(targets).tolist(), 0.0]
+    counts = torch.cat([targets.queries, torch.ones_like(targets.queries[:, :1])], 1)
+    each = torch.stack(ratio(sums, counts[..., None]))  # value, low and high (3, score, head)
+    null = torch.full_like(each[0], torch.nan)
+    null[:-1] = elsewhere.sum(0) / targets.queries.sum(0)[:, None]
     rows = []
-    for i, (score, order) in enumerate(names):
-        one, count = sums[:, i], counts[:, i]
-        each, best = ratio(one, count[:, None]), int(best_head(one, count))
-        variants = {
-            "head": (range(one.shape[1]), each),
-            "best": ([best], choose_and_score(one, count)[:3]),
-        }
+    for number, (score, order) in enumerate(names):
+        one, count = sums[:, number], counts[:, number]
+        best = int(_best(one, count))
+        if score in SAME_FOR_ALL:
+            null[number] = torch.nan
         if score == RELEASED:
-            variants = {"as released": ([best], [x[[best]] for x in each])}
-        for variant, (heads, bounds) in variants.items():
-            for head, value, low, high in zip(heads, *(np.atleast_1d(x).tolist() for x in bounds)):
-                elsewhere = torch.nan if score in SAME_FOR_ALL else float(null[i, head])
-                rows.append(
-                    (
-                        score,
-                        order,
-                        variant,
-                        head,
-                        value,
-                        low,
-                        high,
-                        levels[i],
-                        elsewhere,
-                        int(count.sum()),
-                    )
-                )
-    columns = [name for name in COLUMNS if name not in ("stimulus", "layer")]
-    return pd.DataFrame(rows, columns=columns)
+            shown = [("as released", best, each[:, number, best])]
+        else:
+            shown = [("head", head, each[:, number, head]) for head in range(one.shape[1])]
+            shown.append(("best", best, choose_and_score(one, count)[:3]))
+        for variant, head, (value, low, high) in shown:
+            interval = {"value": float(value), "low": float(low), "high": float(high)}
+            nulls = {"chance": levels[number], "elsewhere": float(null[number, head])}
+            row = {"score": score, "order": order, "variant": variant, "head": head}
+            rows.append(row | interval | nulls | {"queries": int(count.sum())})
+    return pd.DataFrame(rows)
 
 
-def model_rows(losses, stimulus: Stimulus) -> pd.DataFrame:
+def _model_rows(losses, stimulus: Stimulus) -> pd.DataFrame:
     """The rows of the whole model's behaviour, from losses (sequence, position - 1)."""
-    found = {"loss": (losses.sum(1), torch.full_like(losses[:, 0], losses.shape[1]))}
-    found["in-context gain"] = in_context_gain(losses, stimulus)
+    parts = {"loss": (losses.sum(1), torch.full((len(losses),), losses.shape[1]))}
+    parts["in-context gain"] = in_context_gain(losses, stimulus)
     if stimulus.period:
-        found["second-copy gain"] = second_copy_gain(losses, stimulus.period)
-    rows = [
-        (score, *(float(x) for x in ratio(*part)), int(part[1].sum()))
-        for score, part in found.items()
-    ]
-    table = pd.DataFrame(rows, columns=["score", "value", "low", "high", "queries"])
-    return table.assign(
-        order=0, variant="model", head=-1, chance=float("nan"), elsewhere=float("nan")
+        period = stimulus.period
+        gain = losses[:, : period - 1] - losses[:, period : 2 * period - 1]
+        parts["second-copy gain"] = gain.sum(1), torch.full((len(gain),), period - 1)
+    rows = []
+    for score, (sums, counts) in parts.items():
+        value, low, high = (float(x) for x in ratio(sums, counts))
+        rows.append({"score": score, "value": value, "low": low, "high": high})
+        rows[-1]["queries"] = int(counts.sum())
+    return pd.DataFrame(rows).assign(
+        order=0, variant="model", head=-1, chance=np.nan, elsewhere=np.nan
     )

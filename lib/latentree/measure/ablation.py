@@ -1,0 +1,87 @@
+"""What the loss rises by when heads are switched off, and which heads to compare them with."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from latentree.inside.attention import attention, patterns
+from latentree.inside.trace import run
+from latentree.train.model import next_token_losses
+
+WAYS = ("mean", "resample", "pattern")
+
+
+@torch.no_grad()
+def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
+    """Losses in nats of predicting each next token, (batch, position - 1), without `heads`.
+
+    `heads` [(layer, head), ...] are ablated together in tokens (batch, position), `rows` sequences
+    at a time; with none of them, these are the clean losses.
+
+    - mean: a head's mix of values z is replaced by its mean over all sequences and positions.
+    - resample: by its z for another sequence at the same position, drawn with `seed`; no sequence
+      keeps its own.
+    - pattern: as mean, while all heads of later layers keep the attention of the clean run (Olsson
+      et al. 2022, pattern-preserving ablation): the loss changes by what the heads move, not by
+      where others then look.
+
+    Raises ValueError for another way, or a single sequence to resample.
+    """
+    if how not in WAYS:
+        raise ValueError(f"how = {how!r}: is no way to ablate; use one of {', '.join(WAYS)}")
+    tokens = tokens.to(model.device)
+    z = torch.cat([run(model, chunk, read=["z"])["z"] for chunk in tokens.split(rows)], 1)
+    if how == "resample":
+        instead = z[:, _another(len(tokens), seed)]
+    else:
+        instead = z.mean((1, 2), keepdim=True).expand_as(z)
+    losses = []
+    for here in torch.arange(len(tokens)).split(rows):
+        chunk, change, opened = tokens[here], {}, nullcontext()
+        for layer in {layer for layer, _ in heads}:
+            own = [head for at, head in heads if at == layer]
+            change["z", layer] = _replacing(own, instead[layer, here][:, :, own])
+        if how == "pattern":
+            clean = patterns(model, chunk)
+            opened = attention(model, lambda layer, probabilities: clean[layer])
+        with opened:
+            logits = run(model, chunk, ["logits"], change)["logits"]
+        losses.append(next_token_losses(logits, chunk))
+    return torch.cat(losses)
+
+
+def control_heads(chosen, heads: int, seed: int = 0) -> list[tuple[int, int]]:
+    """As many heads as `chosen` [(layer, head), ...], drawn with `seed` from the others of the same layers.
+
+    `heads` is the number of heads in a layer. Raises ValueError if a layer has too few others.
+    """
+    generator, drawn = np.random.default_rng(seed), []
+    for layer in sorted({layer for layer, _ in chosen}):
+        others = [head for head in range(heads) if (layer, head) not in chosen]
+        needed = heads - len(others)
+        if needed > len(others):
+            raise ValueError(
+                f"chosen: has {needed} of the {heads} heads of layer {layer}; choose at most half"
+            )
+        others = sorted(generator.choice(others, needed, replace=False))
+        drawn += [(layer, int(head)) for head in others]
+    return drawn
+
+
+def _replacing(heads: list, instead):
+    """A change of z (batch, position, head, head_dim): these heads' becomes `instead`."""
+
+    def replace(z):
+        z[:, :, heads] = instead
+        return z
+
+    return replace
+
+
+def _another(count: int, seed: int) -> torch.Tensor:
+    """For each of `count` sequences another one, each used once: a random cycle through all."""
+    if count < 2:
+        raise ValueError(f"tokens: has {count} sequence; give 2 or more, to resample from another")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.empty_like(order).scatter(0, order, order.roll(1))
