@@ -31,10 +31,10 @@ from latentree.evidence.claims_old import Claim, write_results
 from latentree.evidence.curves import Curve, doublings_later, half_way
 from latentree.evidence.intervals import paired
 from latentree.exact.information import exact
-from latentree.inside.trace import ablated_losses
+from latentree.measure.ablation import ablated_losses, control_heads
 from latentree.measure.donors import stimulus
+from latentree.measure.induction import emergence_step
 from latentree.measure.prompts import contexts
-from latentree.measure.selection import control_heads, emergence_step
 from latentree.measure.stimuli import stimuli
 from latentree.run.execution import BAD_INPUT, BUSY, CELL_ERROR, DEAD_KERNEL, NO_RESULT, report
 from latentree.run.execution import execution as run

@@ -384,7 +384,7 @@ def test_the_stimulus():
     assert torch.equal(fields["document"][row, shown.at], fields["document"][row, shown.at + 1])
     assert torch.equal(shown.at, stimulus(process, 20, 48, seed=3, same_word=False).at)
     assert not torch.equal(shown.at, stimulus(process, 20, 48, seed=4, same_word=False).at)
-    mask = bound_queries(process.grammar, fields)
+    mask = bound_queries(process.grammar, fields["tokens"])
     mask[5] = False
     scored = stimulus(process, 20, 48, where=mask, same_word=False)
     kept = row != 5

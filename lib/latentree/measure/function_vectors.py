@@ -15,8 +15,9 @@ import torch
 from latentree.evidence.intervals import ratio
 from latentree.inside.names import Internals, norm_gain
 from latentree.inside.trace import added_logits, heads_and_logits, replaced_logits
+from latentree.measure.ablation import control_heads
+from latentree.measure.induction import choose_and_score
 from latentree.measure.prompts import Contexts, Prompts
-from latentree.measure.selection import choose_and_score, control_heads
 
 SAME, FRESH = "same word", "fresh word"  # of a prompt, beside the context's
 DIFFERENCE, BEST = "own - another", "best layer"
