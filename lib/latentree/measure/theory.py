@@ -366,7 +366,7 @@ def vector_prompts(process: TwoLevel, each: int, seed: int = 0) -> tuple[Context
     )
     row, at = torch.arange(len(whole)), torch.full((len(whole),), whole.shape[1] - 2)
     gold = predictive(process, whole)[:, -1].exp()
-    return Contexts(process, [], whole[:, :-1], z0, row, row, at, None), Prompts(
+    return Contexts(process, [], whole[:, :-1], z0, row, at, None), Prompts(
         last[:, :-1], gold, z0
     )
 
