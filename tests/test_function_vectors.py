@@ -49,7 +49,7 @@ def record(taken, document):
     """A document's tokens, their roles and places, as the sampler keeps them."""
     token = taken.source.token
     here = token["document"] == document
-    roles = [taken.process.grammar.roles[role] for role in token["role"][here]]
+    roles = [taken.corpus.grammar.roles[role] for role in token["role"][here]]
     return token["tokens"][here].tolist(), roles, token["place"][here].tolist()
 
 

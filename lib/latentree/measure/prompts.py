@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from latentree.data.corpus import HELD_OUT, Documents, position_within
+from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
 from latentree.data.grammar import Grammar
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.bayes import posterior_frequencies
@@ -28,7 +28,7 @@ class Contexts:
     is the corpus's own record of the documents.
     """
 
-    process: object
+    corpus: Corpus
     state: list[str]
     tokens: torch.Tensor
     latent: torch.Tensor
@@ -60,7 +60,13 @@ class Prompts:
 
 
 def contexts(
-    process, state, latents: int, repetitions: int, length: int, shortest: int = 0, first: int = 0
+    corpus: Corpus,
+    state,
+    latents: int,
+    repetitions: int,
+    length: int,
+    shortest: int = 0,
+    first: int = 0,
 ) -> Contexts:
     """`repetitions` held-out documents for each of `latents` latents, cut off after `length` tokens.
 
@@ -70,49 +76,47 @@ def contexts(
     """
     number = HELD_OUT + (_FIRST_LATENT + first) * repetitions + torch.arange(latents * repetitions)
     latent = torch.arange(len(number))
-    if isinstance(process, GrammarProcess):
-        process, latent = sharing(process, repetitions), latent // repetitions
+    if corpus.grammar:
+        corpus, latent = sharing(corpus, repetitions), latent // repetitions
     elif state:
-        raise ValueError(f"state = {state}: {process.name} has no grammar, so no roles; give []")
-    documents = process.documents(number)
+        raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
+    documents = corpus.documents(number)
     token = documents.token
     row, position = token["document"], position_within(token["document"])
     early = position < length
-    tokens = torch.full((len(number), length), process.end)
+    tokens = torch.full((len(number), length), corpus.end)
     tokens[row[early], position[early]] = documents.tokens[early]
     followed = torch.diff(row, append=row.new_tensor([-1])) == 0
     query = early & (position >= shortest) & followed
     if state:
         query &= token["place"] == len(state) - 1
         for back, role in enumerate(reversed(state)):
-            query &= token["role"].roll(back) == process.grammar.roles.index(role)
+            query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
     else:
         query &= (position % _EVERY == 0) & (position < length - 1)
     if not query.any():
         raise ValueError(
             f"state = {state}: is nowhere between tokens {shortest} and {length} of the documents of "
-            f"{process.name}; give another state or longer contexts"
+            f"{corpus.name}; give another state or longer contexts"
         )
-    return Contexts(process, state, tokens, latent, row[query], position[query], documents)
+    return Contexts(corpus, state, tokens, latent, row[query], position[query], documents)
 
 
-def sharing(
-    process: GrammarProcess, repetitions: int, share: float | None = None
-) -> GrammarProcess:
+def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None) -> GrammarProcess:
     """The same corpus with so many documents for each latent.
 
     With `share`, documents keep 1 - share of one common map and of its habits, the corpus's, and
     draw the rest afresh. ValueError if latents change within a document.
     """
-    file = process.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
+    file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
         raise ValueError(
-            f"{process.name}: redraws latents within documents, {file['redraw']}; give a grammar that "
+            f"{corpus.name}: redraws latents within documents, {file['redraw']}; give a grammar that "
             "redraws for whole documents, so that each has one latent"
         )
     if share is not None:
         file["redraw"] = {"corpus": 1.0, "document": share} if share else {"corpus": 1.0}
-    return GrammarProcess(Grammar(file), process.seed)
+    return GrammarProcess(Grammar(file), corpus.seed)
 
 
 def next_role(grammar: Grammar, state) -> str:
@@ -133,8 +137,8 @@ def same_words(contexts: Contexts) -> Prompts:
     if contexts.state:
         return _prompts(contexts, contexts.document, words)
     followed = contexts.tokens[contexts.document, contexts.position + 1]
-    gold = torch.nn.functional.one_hot(followed, contexts.process.vocabulary_size).double()
-    return Prompts(_after_end(contexts.process, words), gold, contexts.query_latent)
+    gold = torch.nn.functional.one_hot(followed, contexts.corpus.vocabulary_size).double()
+    return Prompts(_after_end(contexts.corpus, words), gold, contexts.query_latent)
 
 
 def fresh_words(contexts: Contexts, seed: int = 0) -> Prompts:
@@ -143,15 +147,15 @@ def fresh_words(contexts: Contexts, seed: int = 0) -> Prompts:
     They are drawn with `seed`; where all words of a role were shown, from all of them.
     """
     later = torch.arange(contexts.tokens.shape[1]) > contexts.position[:, None]
-    shown = contexts.tokens[contexts.document].masked_fill(later, contexts.process.end)
-    unseen = torch.ones(len(shown), contexts.process.vocabulary_size).scatter(1, shown, 1e-9)
+    shown = contexts.tokens[contexts.document].masked_fill(later, contexts.corpus.end)
+    unseen = torch.ones(len(shown), contexts.corpus.vocabulary_size).scatter(1, shown, 1e-9)
     return _prompts(contexts, contexts.document, _draw_words(contexts, unseen, seed))
 
 
 def drawn_words(contexts: Contexts, each: int, seed: int = 0) -> Prompts:
     """`each` zero-shot prompts for each latent, of words drawn uniformly from those of their roles."""
     document = _first_documents(contexts).repeat_interleave(each)
-    alike = torch.ones(len(document), contexts.process.vocabulary_size)
+    alike = torch.ones(len(document), contexts.corpus.vocabulary_size)
     return _prompts(contexts, document, _draw_words(contexts, alike, seed))
 
 
@@ -207,10 +211,10 @@ def ideal_divergence(contexts: Contexts, groups) -> torch.Tensor:
     there, knows the grammar, and predicts the word after the state (bayes.py). ValueError for a
     grammar with binding, where words are not independent draws.
     """
-    process, grammar = contexts.process, contexts.process.grammar
+    corpus, grammar = contexts.corpus, contexts.corpus.grammar
     if grammar.file.binding > 0:
         raise ValueError(
-            f"{process.name}: binding = {grammar.file.binding}: the ideal reader is exact only "
+            f"{corpus.name}: binding = {grammar.file.binding}: the ideal reader is exact only "
             "without; choose a grammar with binding 0"
         )
     role = next_role(grammar, contexts.state)
@@ -219,7 +223,7 @@ def ideal_divergence(contexts: Contexts, groups) -> torch.Tensor:
     for queries in groups:
         document, position = contexts.document[queries], contexts.position[queries]
         before = torch.arange(contexts.tokens.shape[1]) <= position[:, None]
-        shown = torch.bincount(contexts.tokens[document][before], minlength=process.vocabulary_size)
+        shown = torch.bincount(contexts.tokens[document][before], minlength=corpus.vocabulary_size)
         believed = posterior_frequencies(shown[ranked[contexts.latent[document[0]]]], law)
         found.append((law * (law / believed).log()).sum())
     return torch.stack(found)
@@ -237,9 +241,9 @@ def shared_part(contexts: Contexts, common: Contexts, role: str) -> torch.Tensor
     <p - u, q - u> / <q - u, q - u> for the two latents' word frequencies p and q, with u uniform:
     1 for the same map, 0 on average for an independent one.
     """
-    law = _law(contexts.process.grammar, role)
+    law = _law(contexts.corpus.grammar, role)
     words = torch.cat([ranked_words(contexts, role), ranked_words(common, role)[:1]])
-    p = torch.zeros(len(words), contexts.process.vocabulary_size, dtype=torch.float64)
+    p = torch.zeros(len(words), contexts.corpus.vocabulary_size, dtype=torch.float64)
     p.scatter_(1, words, (law - law.mean()).expand(words.shape))
     return (p[:-1] * p[-1]).sum(1) / p[-1].square().sum()
 
@@ -266,14 +270,14 @@ def _draw_words(contexts: Contexts, weights, seed: int) -> torch.Tensor:
     """A word for each role of the state (prompt, state), by weights (prompt, vocabulary) of words."""
     generator, columns = torch.Generator().manual_seed(seed), []
     for role in contexts.state:
-        words = _words(contexts.process.grammar, role)
+        words = _words(contexts.corpus.grammar, role)
         columns.append(words[torch.multinomial(weights[:, words], 1, generator=generator)[:, 0]])
     return torch.stack(columns, 1)
 
 
-def _after_end(process, words) -> torch.Tensor:
+def _after_end(corpus, words) -> torch.Tensor:
     """Rows of tokens (prompt, 1 + words): the end token, then the words."""
-    return torch.cat([torch.full_like(words[:, :1], process.end), words], 1)
+    return torch.cat([torch.full_like(words[:, :1], corpus.end), words], 1)
 
 
 def _prompts(contexts: Contexts, document, words) -> Prompts:
@@ -286,5 +290,5 @@ def _prompts(contexts: Contexts, document, words) -> Prompts:
         "unit": (document % maps).repeat_interleave(count),
     }
     asked = Documents(token, len(words), source.shapes, source.maps, source.habits)
-    gold = predictive(contexts.process.grammar, asked)[count - 1 :: count]
-    return Prompts(_after_end(contexts.process, words), gold, contexts.latent[document])
+    gold = predictive(contexts.corpus.grammar, asked)[count - 1 :: count]
+    return Prompts(_after_end(contexts.corpus, words), gold, contexts.latent[document])
