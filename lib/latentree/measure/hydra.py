@@ -1,139 +1,105 @@
-"""The Hydra effect (self-repair): what later components make up for when the contribution of an earlier one is replaced.
+"""The Hydra effect (self-repair): what later components make up for when one is replaced.
 
-The direct effect of what a component adds to the stream, a, on token t is (U_t - mean of U) . N(a), with U the unembedding
-and N the final norm without its bias, its scale frozen at the clean run's (McGrath et al. 2023). With the embedding's and
-the norm's bias's, all direct effects sum to t's centred logit. Everything is in logits, on the true next token of one
-scored position in each sequence (resampling.py).
+The direct effect of what a component adds to the stream, a, on token t is (U_t - mean of U) . N(a),
+with U the unembedding and N the final norm without its bias, its scale frozen at the clean run's
+(McGrath et al. 2023). With the embedding's and the norm's bias's, all direct effects sum to t's
+centred logit. All is in logits, on the true next token of a scored position (donors.py).
 
-The mean is over the vocabulary, or over the words of t's role. The choice matters: a model may raise all words of a role
-together, by an amount that follows how long its final stream is. At the frozen scale of the clean run that looks like a
-compensation, which the norm then takes back; among the words of the role it cancels.
+The mean is over the vocabulary, or over the words of t's role. The choice matters: a model may
+raise all words of a role together, as its final stream grows longer. At the frozen scale that looks
+like compensation, which the norm then takes back; among these words it cancels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 
-from latentree.evidence.intervals import bootstrap, ratio
-from latentree.inside.names import Internals, norm_gain, norm_scale, weight, written_in
-from latentree.inside.trace import check_heads
-from latentree.measure.donors import Stimulus
+from latentree.evidence.intervals import bootstrap, t_interval
+from latentree.inside.names import Internals, norm_gain, norm_scale, weight
+from latentree.inside.trace import run
 
-WAYS = ("resample", "anywhere", "mean", "zero", "random")
-PLACES = ("scored", "everywhere")
-AMONG = ("vocabulary", "role")
-SITES = {
-    "layer": ("attention", "mlp"),
-    "attention": ("attention",),
-    "mlp": ("mlp",),
-    "head": ("z",),
-}
-LABELS = ["ablated", "layer", "responding", "quantity"]
-COLUMNS = ["how", "where", "among", *LABELS, "value", "low", "high", "n"]
+_WAYS = ("resample", "anywhere", "mean", "zero", "random")
+_POINTS = ("stream", "z", "attention", "mlp", "normed")
+_PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
 
-def measure(
-    model,
-    stimulus,
-    how="resample",
-    where="scored",
-    among="vocabulary",
-    kinds=("layer", "attention"),
-) -> pd.DataFrame:
-    """All components of these kinds, each replaced on its own (`Ablations`): one table in COLUMNS, for sweep().
+def measure(model, stimulus, among="vocabulary", kinds=("layer", "attention")) -> pd.DataFrame:
+    """All components of these kinds, each resampled on its own (`Ablations`): a table for sweep().
 
-    One clean run and one per component. Values are in logits, low and high bound 95 % over the n sequences (Student's t;
-    slope and R2: bootstrap). By `ablated` and `layer`:
-    - change: of the direct effect of a later layer, `responding`, attention and MLP together; -1 in the other rows;
-    - removed, total, compensation; the parts of self-repair by attention, by mlp, by norm, and as a fraction of the mean
-      removed direct effect;
-    - slope, R2: of compensation on the removed direct effect, over sequences. A slope above 0 is the Hydra effect.
+    `value` in logits, `low` and `high` bound 95 % over `n` sequences (Student's t; slope and R2:
+    bootstrap). Quantities, by `ablated` kind and `layer`: change of the direct effect of a later
+    layer, `responding` (-1 in the other rows); removed, total, compensation; self-repair by
+    attention, by mlp, by norm, and as a fraction of the mean removed direct effect; slope and R2 of
+    compensation on what is removed, over sequences. A slope above 0 is the Hydra effect.
     """
-    runs, rows, fits = Ablations(model, stimulus, how, where, among), {}, []
-    for kind in kinds:
-        for layer in range(runs.inside.layers):
-            found = runs.ablate(kind, layer)
-            rows |= response_rows(found)
-            pairs = torch.stack([found.removed, found.compensation], 1).numpy()
-            if pairs[:, 1].any():  # something comes later
-                for name, statistic in (("slope", slope), ("R2", r_squared)):
-                    fits.append((kind, layer, -1, name, *bootstrap(pairs, statistic, draws=500)))
-    values = torch.stack(list(rows.values()), 1)
-    intervals = torch.stack(ratio(values, torch.ones_like(values)), 1).tolist()
-    table = [(*label, *interval) for label, interval in zip(rows, intervals, strict=True)] + fits
-    table = pd.DataFrame(table, columns=[*LABELS, "value", "low", "high"])
-    return table.assign(how=how, where=where, among=among, n=len(values))[COLUMNS]
+    runs, rows = Ablations(model, stimulus, among=among), []
+    for kind, layer in product(kinds, range(runs.inside.layers)):
+        found = runs.ablate(kind, layer)
+        intervals = {label: t_interval(values) for label, values in _quantities(found).items()}
+        if found.compensation.any():  # something comes later
+            intervals[-1, "slope"] = bootstrap(found.pairs, slope, draws=500)
+            intervals[-1, "R2"] = bootstrap(found.pairs, r_squared, draws=500)
+        rows += [(kind, layer, *label, *interval) for label, interval in intervals.items()]
+    columns = ["ablated", "layer", "responding", "quantity", "value", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).assign(among=among, n=len(stimulus.at))
 
 
-def response_rows(found: Response) -> dict:
-    """{label (as LABELS): values (sequence,)} of a replaced component."""
-    rows = {"removed": found.removed, "total": found.total, "compensation": found.compensation}
-    for name, part in (
-        ("attention", found.attention.sum(1)),
-        ("mlp", found.mlp.sum(1)),
-        ("norm", found.norm),
-    ):
-        share = part.mean() / found.removed.mean()
-        rows[f"self-repair by {name}"] = part
+def _quantities(found: Response) -> dict:
+    """{(responding layer or -1, quantity): values (sequence,)} of a replaced component."""
+    rows = {(-1, name): getattr(found, name) for name in ("removed", "total", "compensation")}
+    parts = {"attention": found.attention.sum(1), "mlp": found.mlp.sum(1), "norm": found.norm}
+    removed = found.removed.mean()
+    for name, part in parts.items():
+        share = part.mean() / removed
+        rows[-1, f"self-repair by {name}"] = part
         # Its mean is the share, and its spread that of the linearised ratio (Cochran 1977, 6.4).
-        rows[f"fraction by {name}"] = share + (part - share * found.removed) / found.removed.mean()
-    rows = {(found.kind, found.layer, -1, name): values for name, values in rows.items()}
-    later = range(found.layer + 1, found.mlp.shape[1])
-    return rows | {
-        (found.kind, found.layer, layer, "change"): found.responses[:, layer] for layer in later
-    }
+        rows[-1, f"fraction by {name}"] = share + (part - share * found.removed) / removed
+    for layer in range(found.layer + 1, found.mlp.shape[1]):
+        rows[layer, "change"] = found.responses[:, layer]
+    return rows
 
 
-def slope(pairs):
-    """Least-squares slopes (draws,) of the second on the first of pairs (draws, sequence, 2); nan if that is constant."""
+def slope(pairs) -> np.ndarray:
+    """Least-squares slopes (draws,) of the second on the first of pairs (draws, sequence, 2)."""
     x, y = np.moveaxis(pairs - pairs.mean(1, keepdims=True), -1, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (x * y).sum(1) / (x * x).sum(1)
 
 
-def r_squared(pairs):
+def r_squared(pairs) -> np.ndarray:
     """Shares of explained variance (draws,) of the same regressions."""
     return slope(pairs) * slope(pairs[..., ::-1])
 
 
-def most_repaired(runs: Ablations, least: float = 0.05):
-    """The attention layer whose loss is best made up for, and which sequences (sequence,) may score it; None for no layer.
+def most_repaired(runs: Ablations, least: float = 0.05) -> tuple[Response | None, torch.Tensor]:
+    """The attention layer whose loss is best made up for, and which sequences (sequence,) score it.
 
-    It is chosen on every other sequence, by the highest correlation of compensation with removed direct effect, among the
-    layers where at least `least` logits are removed (the lower end of the mean's 95 %); the rest of the sequences have no
-    part in the choice. The last layer, after which too little comes, is left out.
+    It is chosen on every other sequence, by the highest correlation of compensation with what is
+    removed, among the layers where more than `least` logits are removed (lower end of the mean's
+    95 %); None if there is none. The last layer, after which too little comes, is left out.
     """
-    chooses = torch.arange(len(runs.clean.logit)) % 2 == 0
+    chooses = np.arange(len(runs.clean.logit)) % 2 == 0
     found = [runs.ablate("attention", layer) for layer in range(runs.inside.layers - 1)]
-    matter = [
-        one
-        for one in found
-        if ratio(one.removed[chooses], torch.ones(int(chooses.sum())))[1] > least
-    ]
+    matter = [one for one in found if t_interval(one.removed[chooses])[1] > least]
 
     def correlation(one):
-        return float(torch.corrcoef(torch.stack([one.removed, one.compensation])[:, chooses])[0, 1])
+        return np.corrcoef(one.pairs[chooses].T)[0, 1]
 
-    return max(matter, key=correlation, default=None), ~chooses
-
-
-def check_choice(name: str, value, known) -> None:
-    """Raises ValueError unless `value` is one of `known`."""
-    if value not in known:
-        raise ValueError(f"{name} = {value!r}: is unknown; use one of {', '.join(known)}")
+    return max(matter, key=correlation, default=None), torch.as_tensor(~chooses)
 
 
 @dataclass
 class Effects:
     """Direct effects in one run, float64, first axis the sequence.
 
-    `embedding` and `bias` (sequence,), `attention` and `mlp` (sequence, layer), `head` (sequence, layer, head); `frozen`
-    and `logit` (sequence,): the centred logit with the clean run's scale and with the run's own. Embedding, attention, MLPs
-    and bias sum to `frozen`; heads sum to their attention, but for the bias of o_proj.
+    `embedding`, `bias` (sequence,), `attention`, `mlp` (sequence, layer), `head` (sequence, layer,
+    head); `frozen`, `logit` (sequence,): the centred logit with the clean run's scale and its own.
+    Embedding, attention, MLPs and bias sum to `frozen`; heads, with o_proj's bias, to attention.
     """
 
     embedding: torch.Tensor
@@ -147,12 +113,12 @@ class Effects:
 
 @dataclass
 class Response:
-    """What follows when a component (`kind`, `layer`, `number` of the head or -1) is replaced, float64.
+    """What follows when a component (`kind`, `layer`, `number` of the head or -1) is replaced.
 
-    First axis the sequence. `removed`: its direct effect, clean minus ablated; `total`: the change of the centred logit;
-    `attention`, `mlp` (sequence, layer), `head` (sequence, layer, head): changes of later components' direct effects, 0
-    for the others; `norm`: what the final norm's rescaling adds. The sums over layers give total = - removed + attention +
-    mlp + norm. What replaces a head in OLMo 2 also changes the norm that its layer's heads share: all of it is removed.
+    float64, first axis the sequence. `removed`: its direct effect, clean minus ablated (of a head,
+    all that its attention loses); `total`: the change of the centred logit; `attention`, `mlp`
+    (sequence, layer), `head` (sequence, layer, head): changes of later components' direct effects,
+    0 for others; `norm`: by the final norm's rescaling. total = - removed + compensation + norm.
     """
 
     kind: str
@@ -166,191 +132,156 @@ class Response:
     norm: torch.Tensor
 
     @property
-    def compensation(self):
-        """CE (sequence,): the sum of later components' changes."""
-        return self.attention.sum(1) + self.mlp.sum(1)
-
-    @property
     def responses(self):
         """Changes by layer (sequence, layer): its attention's and its MLP's."""
         return self.attention + self.mlp
 
     @property
+    def compensation(self):
+        """CE (sequence,): the sum of later components' changes."""
+        return self.responses.sum(1)
+
+    @property
     def self_repair(self):
-        """What the logit falls less than the direct effect (sequence,): the change of the one minus that of the other."""
+        """How much less than the direct effect the logit falls (sequence,), the norm included."""
         return self.total + self.removed
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """What is removed and its compensation (sequence, 2), to regress the one on the other."""
+        return torch.stack([self.removed, self.compensation], 1).numpy()
 
 
 class Ablations:
-    """A clean run of a model on a stimulus (`clean`, its Effects), and runs in which one component is replaced.
+    """A clean run of a model on a stimulus (`clean`), and runs in which one component is replaced.
 
-    `how`, a component's contribution is replaced:
-    - resample: by its contribution in another document, at a position of the same syntactic state;
-    - anywhere: in another document, at any position;  mean: by its mean over all positions;  zero: by nothing;
-    - random: by itself minus a random direction as long as what resampling takes away (in the stream, and for a layer
-      as long as what both its parts lose together).
-    `where`: at the scored position only, or everywhere. Where the scored position alone changes, it alone is run again, on
-    the clean run's keys and values. Memory: all that the components write at all positions, for all sequences at once.
-    `among`: logits are centred over the whole vocabulary, or over the words of the target's role.
-    ValueError for another way, place or mean, roles that are not known, a single sequence, or a position without a donor.
+    `how`:
+    - resample: by what it writes in another document, at a position of the same syntactic state;
+    - anywhere: in another document, at any position; mean: by its mean over positions; zero: by 0;
+    - random: by itself minus a random direction as long as what resampling takes away (in the
+      stream, and for a layer as long as what both its parts lose together).
+    It is replaced at the scored position, which alone is run again on the clean run's keys and
+    values, or `everywhere`. `among`: logits are centred over the vocabulary, or the words of the
+    target's role. Memory: all that components write, for all sequences at once.
+    ValueError for another way, roles that are not known, or a position without a donor.
     """
 
-    def __init__(
-        self,
-        model,
-        stimulus: Stimulus,
-        how: str = "resample",
-        where: str = "scored",
-        among: str = "vocabulary",
-    ):
-        for name, value, known in (
-            ("how", how, WAYS),
-            ("where", where, PLACES),
-            ("among", among, AMONG),
-        ):
-            check_choice(name, value, known)
-        if among == "role" and stimulus.peers is None:
-            raise ValueError(
-                "among = 'role': the stimulus does not know roles; make it with a grammar, or use 'vocabulary'"
-            )
-        self.model, self.inside, self.stimulus, self.how = model, Internals(model), stimulus, how
-        tokens, at, target = (
-            x.to(model.device) for x in (stimulus.tokens, stimulus.at, stimulus.target)
-        )
-        count, length = tokens.shape
-        if count < 2:
-            raise ValueError(
-                f"tokens: has {count} sequence, and replacements come from other ones; give 2 or more"
-            )
-        rows = torch.arange(count, device=model.device)[:, None]
-        scored = where == "scored"
-        self.places = (
-            rows,
-            at[:, None] if scored else torch.arange(length, device=model.device)[None],
-        )
-        donor = [
-            x.to(model.device)
-            for x in (stimulus.any_state if how == "anywhere" else stimulus.same_state)
-        ]
-        alone = int((donor[0] == rows)[rows[:, 0], at].sum())
+    @torch.no_grad()
+    def __init__(self, model, stimulus, how="resample", everywhere=False, among="vocabulary"):
+        if how not in _WAYS:
+            raise ValueError(f"how = {how!r}: is unknown; use one of {', '.join(_WAYS)}")
+        self.model, self.inside, self.how, self.seed = model, Internals(model), how, stimulus.seed
+        given = stimulus.tokens, stimulus.at, stimulus.target
+        tokens, at, target = (field.to(model.device) for field in given)
+        row, places = (torch.arange(size, device=model.device) for size in tokens.shape)
+        donor = stimulus.any_state if how == "anywhere" else stimulus.same_state
+        sequence, position = (index.to(model.device) for index in donor)
+        alone = int((sequence[row, at] == row).sum())
         if alone and how not in ("mean", "zero"):
             raise ValueError(
-                f"how = {how!r}: {alone} scored positions have no donor of their state in another document; "
-                "give more sequences, score other positions, or use 'anywhere'"
+                f"how = {how!r}: {alone} scored positions have no donor of their state in another "
+                "document; give more sequences, score other positions, or use 'anywhere'"
             )
-        self.donor = [x[self.places] for x in donor]
-        self.given = {"input_ids": tokens, "use_cache": scored}
-        self.written = written_in(model, self.given)
-        table, row = (
-            weight(self.inside.unembedding).detach().double(),
-            torch.arange(count, device=model.device),
+        self.written = run(model, tokens, _POINTS if everywhere else (*_POINTS, "cache"))
+        table = weight(self.inside.unembedding).double()
+        rivals = {"vocabulary": torch.ones(1, len(table)), "role": stimulus.peers}[among]
+        if rivals is None:
+            raise ValueError("among = 'role': the stimulus has no roles; make it with a grammar")
+        rivals = rivals.to(table)
+        self.direction = table[target] - rivals @ table / rivals.sum(1, keepdim=True)
+        stream = self.written["stream"][-1, row, at].double()
+        self.scale = norm_scale(self.inside.final_norm, stream)
+        self.clean = self._effects(self.written, row, at)
+        self.inputs = {}
+        if everywhere:
+            self.places, self.scored = (row[:, None], places[None]), (row, at)
+        else:  # the scored position alone is run again, and sees what came before it
+            self.places, self.scored = (row[:, None], at[:, None]), (row, torch.zeros_like(at))
+            seen = torch.cat([places < at[:, None], torch.ones_like(at[:, None])], 1)
+            self.inputs = {"position_ids": at[:, None], "attention_mask": seen}
+            self.inputs["past_key_values"] = self.written["cache"]
+        self.tokens = tokens[self.places]
+        self.donor = sequence[self.places], position[self.places]
+
+    def _effects(self, written: dict, row, column) -> Effects:
+        """Direct effects of what a run wrote at (row, column), read with the clean run's scale."""
+        norm = self.inside.final_norm
+
+        def effect(vectors):  # (..., sequence, width) -> (sequence, ...)
+            normed = norm_gain(norm, vectors.double()) * self.scale
+            return (normed * self.direction).sum(-1).movedim(-1, 0).cpu()
+
+        here = {point: written[point][..., row, column, :] for point in _POINTS if point != "z"}
+        z = written["z"][:, row, column]
+        heads = [self.inside.head_written(layer, one) for layer, one in enumerate(z)]
+        bias = getattr(norm, "bias", None)
+        bias = (self.direction * (0 if bias is None else bias)).sum(-1).cpu()
+        return Effects(
+            embedding=effect(here["stream"][0]),
+            attention=effect(here["attention"]),
+            mlp=effect(here["mlp"]),
+            head=effect(torch.stack(heads).transpose(1, 2)),
+            bias=bias,
+            frozen=effect(here["stream"][-1]) + bias,
+            logit=(here["normed"].double() * self.direction).sum(-1).cpu(),
         )
-        others = torch.ones(1, len(table)) if among == "vocabulary" else stimulus.peers
-        others = others.to(table)
-        self.direction = table[target] - others @ table / others.sum(1, keepdim=True)
-        self.scale = norm_scale(self.inside.final_norm, self.written["stream"][row, at].double())
-        self.clean = self.effects(self.written, at)
-        self.cached, self.column = scored, torch.zeros_like(at) if scored else at
-        if scored:
-            seen = torch.arange(length + 1, device=model.device) < at[:, None]
-            seen[:, -1] = True  # the position itself, whose key and value come last
-            mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
-            mask = mask.masked_fill(~seen, torch.finfo(model.dtype).min)[:, None, None]
-            self.given = {
-                "input_ids": tokens.gather(1, at[:, None]),
-                "position_ids": at[:, None],
-                "attention_mask": mask,
-                "past_key_values": self.written["cache"],
-                "use_cache": True,
-            }
 
     @torch.no_grad()
-    def effects(self, written: dict, column) -> Effects:
-        """Direct effects of what a run wrote in `column` (sequence,), read with the clean run's scale."""
-        inside, row = self.inside, torch.arange(len(column), device=column.device)
-
-        def read(vectors):  # (..., sequence, width) -> (sequence, ...)
-            effect = (
-                norm_gain(inside.final_norm, vectors.double()) * self.scale * self.direction
-            ).sum(-1)
-            return effect.movedim(-1, 0).cpu()
-
-        found = {
-            name: written[name][..., row, column, :]
-            for name in ("embedding", "stream", "normed", "attention", "mlp")
-        }
-        heads = [
-            inside.head_written(layer, z[row, column]).transpose(0, 1)
-            for layer, z in enumerate(written["z"])
-        ]
-        bias = getattr(inside.final_norm, "bias", None)
-        bias = (self.direction * (0 if bias is None else bias)).sum(-1).cpu()
-        logit = (found["normed"].double() * self.direction).sum(-1).cpu()
-        parts = (read(found[name]) for name in ("embedding", "attention", "mlp"))
-        return Effects(*parts, read(torch.stack(heads)), bias, read(found["stream"]) + bias, logit)
-
     def ablate(self, kind: str, layer: int, head: int = -1) -> Response:
-        """Replaces what a `layer` adds to the stream, its `attention`, its `mlp` or one `head`. One run.
-
-        ValueError for another kind, or a layer or head that the model does not have.
-        """
-        check_choice("kind", kind, SITES)
-        check_heads(self.inside, [(layer, head if kind == "head" else 0)])
+        """One run in which what a `layer`, its `attention`, `mlp` or `head` adds is replaced."""
         new = self.replacement(kind, layer, head)
-        written = written_in(self.model, self.given, layer, new)
-        if self.cached:
-            written["cache"].crop(-1)
-        after, layers = self.effects(written, self.column), torch.arange(self.inside.layers)
-        change = {
-            name: getattr(after, name) - getattr(self.clean, name)
-            for name in ("attention", "mlp", "head", "logit")
-        }
-        sites = (
-            ("attention",) if kind == "head" else SITES[kind]
-        )  # of a head, what its layer's attention loses with it
-        own = sum(change[site][:, layer] for site in sites)
-        later, same = layers > layer, (layers == layer) & ("mlp" not in SITES[kind])
-        parts = (
-            change["attention"] * later,
-            change["mlp"] * (later | same),
-            change["head"] * later[:, None],
-        )
+
+        def put(point):
+            return lambda written: new[point]
+
+        change = {(point, layer): put(point) for point in new}
+        written = run(self.model, self.tokens, _POINTS, change, **self.inputs)
+        if "cache" in self.written:
+            self.written["cache"].crop(-1)  # which this run has made one position longer
+        after, clean = self._effects(written, *self.scored), self.clean
+        changes = {"attention": after.attention - clean.attention, "mlp": after.mlp - clean.mlp}
+        parts = ("attention",) if kind == "head" else _PARTS[kind]
+        layers = torch.arange(self.inside.layers)
+        later = layers > layer
         return Response(
-            kind, layer, head, -own, change["logit"], *parts, after.logit - after.frozen
+            kind=kind,
+            layer=layer,
+            number=head,
+            removed=-sum(changes[part][:, layer] for part in parts),
+            total=after.logit - clean.logit,
+            attention=changes["attention"] * later,
+            mlp=changes["mlp"] * (later if "mlp" in parts else layers >= layer),
+            head=(after.head - clean.head) * later[:, None],
+            norm=after.logit - after.frozen,
         )
 
     @torch.no_grad()
     def replacement(self, kind: str, layer: int, head: int = -1) -> dict:
-        """{site: what takes the place of all that it writes in the layer}, at the positions that are run."""
-        written = {site: self.written[site][layer] for site in SITES[kind]}
-        values = (
-            {site: value[:, :, head] for site, value in written.items()}
-            if kind == "head"
-            else written
-        )
-        own = {site: value[self.places] for site, value in values.items()}
-        if self.how == "zero":
-            new = {site: torch.zeros_like(value) for site, value in own.items()}
-        elif self.how == "mean":
-            new = {site: value.mean((0, 1)).expand_as(own[site]) for site, value in values.items()}
-        else:
-            new = {site: value[self.donor[0], self.donor[1]] for site, value in values.items()}
+        """{point: what takes the place of all that is written there}, where it is run again."""
+        points = ("z",) if kind == "head" else _PARTS[kind]
+        if kind == "head" and not 0 <= head < self.inside.heads:
+            raise ValueError(f"head = {head}: give a number from 0 to {self.inside.heads - 1}")
+        own, new = {}, {}
+        for point in points:
+            written = self.written[point][layer]
+            written = written[:, :, head] if kind == "head" else written
+            own[point] = written[self.places]
+            if self.how == "zero":
+                new[point] = torch.zeros_like(own[point])
+            elif self.how == "mean":
+                new[point] = written.mean((0, 1)).expand_as(own[point])
+            else:
+                new[point] = written[self.donor]
         if self.how == "random":
-            site = SITES[kind][0]
-            lost = sum(own[name] - new[name] for name in own)
-            number = self.stimulus.seed + layer * self.inside.heads + head + 1
-            drawn = torch.randn(lost.shape, generator=torch.Generator().manual_seed(number)).to(
-                lost
-            )
-            through = (
-                self.inside.w_o(layer)[head]
-                if kind == "head"
-                else torch.eye(self.inside.width).to(lost)
-            )
-            length = [(vectors @ through).norm(dim=-1, keepdim=True) for vectors in (lost, drawn)]
-            new = own | {site: own[site] - drawn * length[0] / length[1]}
+            lost = sum(own[point] - new[point] for point in points)
+            seed = self.seed + layer * self.inside.heads + head + 1
+            drawn = torch.randn(lost.shape, generator=torch.Generator().manual_seed(seed)).to(lost)
+            adds = self.inside.w_o(layer)[head] if kind == "head" else torch.eye(lost.shape[-1])
+            length = (lost @ adds.to(lost)).norm(dim=-1, keepdim=True)
+            drawn = drawn * length / (drawn @ adds.to(lost)).norm(dim=-1, keepdim=True)
+            new = own | {points[0]: own[points[0]] - drawn}
         if kind == "head":
-            whole = written["z"][self.places].clone()
-            whole[:, :, head] = new["z"]
-            return {"z": whole}
+            z = self.written["z"][layer][self.places].clone()
+            z[:, :, head] = new["z"]
+            new["z"] = z
         return new

@@ -342,9 +342,9 @@ def curvature(
 
 def scored(tokens: torch.Tensor, seed: int = 0) -> Stimulus:
     """The last query of each of tokens (sequence, position) as the scored token; donors stand at the same place of another."""
-    row, at = torch.arange(len(tokens)), torch.full((len(tokens),), tokens.shape[1] - 2)
+    at = torch.full((len(tokens),), tokens.shape[1] - 2)
     places = torch.arange(tokens.shape[1]).expand(tokens.shape)
-    return Stimulus(tokens, at, tokens[:, -1], places, row[:, None].expand(tokens.shape), seed)
+    return Stimulus(tokens, at, tokens[:, -1], places, seed)
 
 
 def vector_prompts(process: TwoLevel, each: int, seed: int = 0) -> tuple[Contexts, Prompts]:
