@@ -1,38 +1,29 @@
-"""What a linear map can read from a model's states: trees of sentences (structural probe) and latents of documents.
+"""What a linear map can read from states: trees of sentences, and latents of documents.
 
-Probes of all layers are trained at once, each with its own map, on the first half of the windows; scores are of the
-second.
+Probes are trained on the first half of the windows and scored on the second.
 """
 
 from dataclasses import dataclass
+from os.path import commonprefix
 
 import pandas as pd
 import torch
-from nnsight import NNsight
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.stats import rankdata
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from latentree.inside.names import Internals
-
-
-@torch.no_grad()
-def residual_streams(model, tokens: torch.Tensor, rows: int = 64) -> torch.Tensor:
-    """The residual stream (layers + 1, sequence, position, width) of tokens (sequence, position), the embedding first."""
-    found = []
-    for part in tokens.split(rows):
-        inside = Internals(model, traced := NNsight(model))
-        with traced.trace(input_ids=part, use_cache=False, logits_to_keep=1):
-            streams = [inside.blocks[0].input, *(block.output for block in inside.blocks)].save()
-        found.append(torch.stack(streams))
-    return torch.cat(found, 1)
+from latentree.evidence.curves import sequence_sums
 
 
 @dataclass
 class Sentences:
-    """Whole sentences in windows, their end token left out: row (sentence,) says in which window each stands.
+    """Whole sentences in windows, without their end token, and their trees.
 
-    column (sentence, word) is a word's place in the window, -1 past the end; distance (sentence, word, word) and depth
-    (sentence, word), edges in the generator's own derivation between two words and from the root to a word, NaN past
-    it.
+    row (sentence,) numbers the window, column (sentence, word) a word's place there, -1 past the end.
+    distance (sentence, word, word) and depth (sentence, word) count edges of the generator's own
+    derivation, between two words and from the root to a word; NaN past the end.
     """
 
     row: torch.Tensor
@@ -41,110 +32,99 @@ class Sentences:
     depth: torch.Tensor
 
     def shuffled(self, seed: int = 0) -> "Sentences":
-        """Each sentence with the tree of another one of the same length, drawn with `seed`: what length and place tell."""
+        """Each with the tree of another one as long, a control: what length and place tell."""
         length = (self.column >= 0).sum(1)
-        order = length + 0.5 * torch.rand(
-            len(length), generator=torch.Generator().manual_seed(seed)
-        )
-        donor = torch.empty_like(length).scatter(0, length.argsort(stable=True), order.argsort())
+        draw = torch.rand(len(length), generator=torch.Generator().manual_seed(seed))
+        order = (length + 0.5 * draw).argsort()
+        donor = torch.empty_like(length).scatter(0, length.argsort(stable=True), order)
         return Sentences(self.row, self.column, self.distance[donor], self.depth[donor])
 
 
 def whole_sentences(rows: dict, shapes: list, longest: int = 24) -> Sentences:
-    """The sentences of at most `longest` words in windows `rows` (fields place, shape) whose distances are not all equal.
+    """The sentences of at most `longest` words in windows `rows` (fields place, shape of `shapes`).
 
-    Any tree over words fits equal distances, so such sentences can score nothing. `shapes` are those of the documents.
-    ValueError if no sentence is left: the grammar has no structure that a tree over words could show.
+    Those whose words all have equal distances are left out, for any tree over words fits them.
+    ValueError if no sentence is left: the grammar has no structure that a tree could show.
     """
-    kept = {}
+    trees, found = {}, []
     for number, shape in enumerate(shapes):
-        paths = [shape.tree.leaf_treeposition(i) for i in range(len(shape.roles) - 1)]
-        common = [
-            [next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a)) for b in paths]
-            for a in paths
-        ]
-        depth = torch.tensor([len(path) for path in paths], dtype=torch.float32)
-        distance = depth[:, None] + depth - 2 * torch.tensor(common)
-        if len(paths) <= longest and len(distance.unique()) > 2:  # 0 and another one
-            kept[number] = (distance, depth)
-    found = []
-    for row, (places, numbers) in enumerate(zip(rows["place"].tolist(), rows["shape"].tolist())):
-        begins = [
-            (at, number)
-            for at, (place, number) in enumerate(zip(places, numbers))
-            if place == 0 and number in kept
-        ]
-        found += [
-            (row, at, number) for at, number in begins if at + len(kept[number][1]) <= len(places)
-        ]
+        if len(shape.roles) - 1 <= longest:
+            distance, depth = _edges(shape.tree)
+            if len(distance.unique()) > 2:  # 0, and more than one other
+                trees[number] = (distance, depth)
+    for row, start in (rows["place"] == 0).nonzero().tolist():
+        distance, depth = trees.get(int(rows["shape"][row, start]), (None, None))
+        if depth is not None and start + len(depth) <= rows["place"].shape[1]:
+            found.append((row, start, distance, depth))
     if not found:
         raise ValueError(
-            f"shapes: none of {len(shapes)} in the windows has words at unequal distances; choose a deeper grammar"
+            f"shapes: none of {len(shapes)} in the windows has words at unequal distances; "
+            "choose a deeper grammar"
         )
-    size = (len(found), max(len(kept[number][1]) for _, _, number in found))
-    column, depth, distance = (
-        torch.full(size, -1),
-        torch.full(size, torch.nan),
-        torch.full((*size, size[1]), torch.nan),
-    )
-    for i, (_, at, number) in enumerate(found):
-        n = len(kept[number][1])
-        column[i, :n], distance[i, :n, :n], depth[i, :n] = at + torch.arange(n), *kept[number]
-    return Sentences(torch.tensor([row for row, _, _ in found]), column, distance, depth)
+    row, start, distances, depths = zip(*found)
+    depth = pad_sequence(depths, batch_first=True, padding_value=torch.nan)
+    distance = depth.new_full((*depth.shape, depth.shape[1]), torch.nan)
+    for number, one in enumerate(distances):
+        distance[number, : len(one), : len(one)] = one
+    column = torch.tensor(start)[:, None] + torch.arange(depth.shape[1])
+    return Sentences(torch.tensor(row), column.masked_fill(depth.isnan(), -1), distance, depth)
 
 
-def word_states(
-    streams: torch.Tensor, sentences: Sentences
-) -> tuple[torch.Tensor, list[tuple[str, int]]]:
-    """States of the sentences' words (input, sentence, word, width + words) to be probed, and what each input is.
+def _edges(tree):
+    """Edges between two words of a tree (word, word), and from the root (word,); no end token."""
+    paths, shared = tree.treepositions("leaves")[:-1], []
+    for path in paths:
+        shared.append([len(commonprefix([path, other])) for other in paths])
+    depth = torch.tensor([float(len(path)) for path in paths])
+    return depth[:, None] + depth - 2 * torch.tensor(shared), depth
 
-    Inputs are ("place", 0), the one-hot place in the sentence alone; ("state", layer) of `streams`; and ("place and
-    state", layer), both side by side, which shows what the state adds to the place. Layer 0 is the embedding: the word.
+
+def structure(
+    streams, sentences: Sentences, inputs=("place", "state", "place and state"), seed: int = 0
+) -> pd.DataFrame:
+    """Scores of structural probes on streams (layer, sequence, position, width), layer by layer.
+
+    Inputs: "place", the one-hot place in the sentence alone (layer 0); "state", a word's stream; and
+    "place and state", side by side, which shows what the state adds.
+    DataFrame (sequence, sum, count, input, layer, name): a score of `structural_probe`, summed over
+    the sentences of each window.
     """
-    longest, layers = sentences.column.shape[1], len(streams)
+    there, words = sentences.column >= 0, sentences.column.shape[1]
     states = streams[:, sentences.row[:, None], sentences.column.clamp(min=0)]
-    states = (
-        states
-        / states[:, sentences.column >= 0]
-        .var(1)
-        .mean(-1)
-        .sqrt()
-        .clamp(min=1e-9)[:, None, None, None]
-    )
-    places = torch.eye(longest).to(states).expand(1, len(sentences.row), -1, -1)
-    alone, only = (
-        torch.nn.functional.pad(x, pad)
-        for x, pad in ((states, (0, longest)), (places, (states.shape[-1], 0)))
-    )
-    inputs = [
-        ("place", 0),
-        *(("state", i) for i in range(layers)),
-        *(("place and state", i) for i in range(layers)),
-    ]
-    return torch.cat([only, alone, alone + only]), inputs
+    scale = states[:, there].var(1).mean(-1).sqrt().clamp(min=1e-9)
+    states = pad(states / scale[:, None, None, None], (0, words))
+    place = pad(torch.eye(words), (streams.shape[-1], 0)).expand_as(states[:1])
+    of_input = {"place": place, "state": states, "place and state": states + place}
+    probed, labels, tables = [], [], []
+    for name in inputs:
+        probed.append(of_input[name])
+        labels += [(name, layer) for layer in range(len(of_input[name]))]
+    row, scores = structural_probe(torch.cat(probed), sentences, seed=seed)
+    for score, values in scores.items():
+        for (name, layer), value in zip(labels, values.double()):
+            table = pd.DataFrame({"sequence": row, "score": value})
+            table = table.groupby("sequence")["score"].agg(["sum", "count"]).reset_index()
+            tables.append(table.assign(input=name, layer=layer, name=score))
+    return pd.concat(tables, ignore_index=True)
 
 
 def structural_probe(
     states: torch.Tensor, sentences: Sentences, rank: int = 32, steps: int = 200, seed: int = 0
 ) -> tuple:
-    """Scores on the second half of the windows (Hewitt & Manning 2019) of maps B (rank, width), one for each layer.
+    """Scores of linear maps B (rank, width), one for each input (after Hewitt & Manning 2019).
 
-    |B (h_i - h_j)|^2 is fitted to the tree distance of words i and j of `states` (input, sentence, word, width), and
-    with another B, |B h_i|^2 to their depth: the mean squared error in a sentence, averaged over sentences, by Adam. (With
-    the absolute error of Hewitt and Manning the control that sees places alone is not determined: it may predict any
-    value between two medians.) Inputs are whitened first, which changes no map's reach and lets few steps do.
-    Returns the windows of the sentences scored (sentence,), and {score: (input, sentence)}: uuas, the share of the
-    edges of the minimum spanning tree of predicted distances that are in that of tree distances; spearman, of all pairs
-    of words (`_spearman`); depth, the same of all words, NaN where depth is constant. A constituency tree has no heads,
-    so its distances have several minimum spanning trees (any two edges join three sisters): the one nearest to the
-    prediction counts.
+    |B (h_i - h_j)|^2 is fitted to the tree distance of words i and j of `states` (input, sentence,
+    word, width), and with another B, |B h_i|^2 to their depth: the mean squared error in a sentence,
+    averaged over sentences, by Adam. (Theirs is the absolute error, by which a probe that sees the
+    place alone may predict any value between two medians.) States are whitened, for fewer steps.
+    Returns the windows of the sentences scored (sentence,), and {score: (input, sentence)}: `uuas`;
+    spearman of all pairs of words, and depth of all words (`_spearman`), NaN where it is constant.
     """
     test, there = sentences.row > sentences.row.max() // 2, sentences.column >= 0
     states = _whitened(states, states[:, ~test][:, there[~test]])
     generator = torch.Generator().manual_seed(seed)
-    maps = (
-        torch.randn(2, len(states), rank, states.shape[-1], generator=generator) / rank**0.5
-    ).requires_grad_()
+    shape = (2, len(states), rank, states.shape[-1])
+    maps = (torch.randn(shape, generator=generator) / rank**0.5).requires_grad_()
     pairs = (there[:, :, None] & there[:, None, :]).float()
     gold, depth = sentences.distance.nan_to_num(0.0), sentences.depth.nan_to_num(0.0)
     optimizer, train = torch.optim.Adam([maps], lr=0.05), (~test).nonzero()[:, 0]
@@ -152,12 +132,12 @@ def structural_probe(
     for _ in range(steps):
         batch = train[torch.randint(len(train), (64,), generator=generator)]
         far, deep = _predictions(maps, states[:, batch])
-        loss = ((far - gold[batch]).square() * pairs[batch]).sum((-2, -1)) / pairs[batch].sum(
-            (-2, -1)
-        )
-        loss = loss + ((deep - depth[batch]).square() * there[batch]).sum(-1) / there[batch].sum(-1)
+        error = ((far - gold[batch]).square() * pairs[batch]).sum((-2, -1))
+        loss = error / pairs[batch].sum((-2, -1))
+        error = ((deep - depth[batch]).square() * there[batch]).sum(-1)
+        loss = loss + error / there[batch].sum(-1)
         optimizer.zero_grad()
-        loss.mean(1).sum().backward()  # each layer's maps get the gradient of their own loss only
+        loss.mean(1).sum().backward()  # each input's maps get the gradient of their own loss only
         optimizer.step()
         decay.step()
     far, deep = _predictions(maps.detach(), states[:, test])
@@ -170,19 +150,18 @@ def structural_probe(
 
 
 def _whitened(states, sample, least=1e-4):
-    """States (input, ..., width) in coordinates where sample (input, word, width) is as long in each direction, about 1 in all.
+    """States in coordinates where sample (input, word, width) is as long in each direction, about 1.
 
-    Directions with less than `least` of the largest mean square stay as small as they are beside it.
+    Directions with less than `least` of the largest mean square stay smaller.
     """
     square, directions = torch.linalg.eigh(sample.mT @ sample / sample.shape[1])
-    scale = (
-        torch.maximum(square, least * square[:, -1:]).clamp(min=1e-12).mul(states.shape[-1]).rsqrt()
-    )
+    square = torch.maximum(square, least * square[:, -1:]).clamp(min=1e-12)
+    scale = (square * states.shape[-1]).rsqrt()
     return torch.einsum("lsnw,lwv->lsnv", states, directions * scale[:, None])
 
 
 def _predictions(maps, states):
-    """Squared distances (layer, sentence, word, word) and squared lengths (layer, sentence, word) under the two maps."""
+    """Squared distances (input, sentence, word, word) and lengths (input, sentence, word)."""
     far, deep = torch.einsum("klrw,lsnw->klsnr", maps, states)
     inner = torch.einsum("lsnr,lsmr->lsnm", far, far)
     own = inner.diagonal(dim1=-2, dim2=-1)
@@ -190,102 +169,66 @@ def _predictions(maps, states):
 
 
 def uuas(predicted: torch.Tensor, gold: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Share of the edges of predicted (layer, sentence, word, word) that its nearest gold tree has too: (layer, sentence)."""
-    outside = ~(
-        there[:, :, None] & there[:, None, :]
-    )  # gold is whole, so that half an edge decides between equals only
-    tree = spanning_tree(predicted.masked_fill(outside, torch.inf).flatten(0, 1)).view(
-        predicted.shape
-    )
-    nearest = spanning_tree((gold - 0.5 * tree).masked_fill(outside, torch.inf).flatten(0, 1)).view(
-        predicted.shape
-    )
-    return (tree & nearest).sum((-2, -1)) / tree.sum((-2, -1))
+    """Share of a predicted tree's edges that are in the gold tree: (input, sentence).
+
+    Both are minimum spanning trees, of predicted (input, sentence, word, word) and gold (sentence,
+    word, word; whole numbers) distances. As a derivation has no heads, several gold trees are as
+    short (any two edges join three sisters): the one nearest to the prediction counts.
+    """
+    inputs = len(predicted)
+    gold, there = gold.repeat(inputs, 1, 1), there.repeat(inputs, 1)
+    tree = _spanning_trees(predicted.flatten(0, 1), there)
+    nearest = _spanning_trees(gold - 0.5 * tree, there)  # half an edge decides between equals only
+    share = (tree & nearest).sum((-2, -1)) / tree.sum((-2, -1))
+    return share.view(inputs, -1)
 
 
-def spanning_tree(distance: torch.Tensor) -> torch.Tensor:
-    """Edges (graph, node, node), bool, of minimum spanning trees by Prim's algorithm; what is infinitely far stays out."""
-    edges, nearest = torch.zeros_like(distance, dtype=torch.bool), distance[:, 0].clone()
-    parent = torch.zeros(distance.shape[:2], dtype=torch.int64)
-    inside = torch.arange(distance.shape[1]).expand(parent.shape) == 0
-    for _ in range(distance.shape[1] - 1):
-        length, node = nearest.masked_fill(inside, torch.inf).min(1)
-        live = (length < torch.inf).nonzero()[:, 0]
-        new, old = node[live], parent[live, node[live]]
-        edges[live, new, old] = edges[live, old, new] = inside[live, new] = True
-        closer = distance[live, new] < nearest[live]
-        nearest[live] = torch.where(closer, distance[live, new], nearest[live])
-        parent[live] = torch.where(closer, new[:, None], parent[live])
-    return edges
+def _spanning_trees(distance, there):
+    """Edges (graph, node, node), bool, of minimum spanning trees of the nodes that are there."""
+    nodes = distance.shape[1]
+    graph, one, other = (there[:, :, None] & there[:, None, :]).triu(1).nonzero(as_tuple=True)
+    length = distance[graph, one, other].double()
+    length = length - length.min() + 1  # scipy leaves out edges of length 0
+    places = (graph * nodes + one, graph * nodes + other)
+    size = len(distance) * nodes
+    forest = minimum_spanning_tree(csr_array((length, places), (size, size))).tocoo()
+    one, other = torch.as_tensor(forest.row).long(), torch.as_tensor(forest.col).long()
+    edges = torch.zeros_like(distance, dtype=torch.bool)
+    edges[one // nodes, one % nodes, other % nodes] = True
+    return edges | edges.mT
 
 
 def _spearman(predicted, gold):
-    """Spearman correlation (layer, sentence) of predicted (layer, sentence, item) with gold (sentence, item; NaN: none).
+    """Rank correlation (input, sentence) of predicted (input, sentence, item) and gold (sentence, item).
 
-    Over the most that a prediction without ties can reach, for gold has many: 1 if no two items are out of order.
+    Over the most that a prediction without ties can reach, for gold has many (and NaN: no item).
     """
-    there = ~gold.isnan()  # what is missing ranks last and changes no other rank
-    ranks = [
-        torch.from_numpy(rankdata(x.masked_fill(~there, torch.inf).numpy(), axis=-1))
-        for x in (predicted, gold)
-    ]
-    x, y = (
-        (r - (r * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True)) * there for r in ranks
-    )
-    return (x * y).sum(-1) / y.square().sum(-1)
+    ranks = []
+    for items in (predicted.masked_fill(gold.isnan(), torch.nan), gold):
+        rank = torch.from_numpy(rankdata(items.numpy(), axis=-1, nan_policy="omit"))
+        ranks.append(rank - rank.nanmean(-1, keepdim=True))
+    return (ranks[0] * ranks[1]).nansum(-1) / ranks[1].square().nansum(-1)
 
 
-def structure(model, tokens: torch.Tensor, sentences: Sentences, seed: int = 0) -> pd.DataFrame:
-    """Scores of structural probes of all inputs (`word_states`) of a model's states on tokens (sequence, position).
+def latent_probe(streams, top, at, words, ridge: float = 0.01) -> pd.DataFrame:
+    """How often a linear read-out of streams (layer, sequence, position, width) names the latent.
 
-    DataFrame (input, layer, name, sequence, sum, count): sums of a score (uuas, spearman, depth) over the sentences in
-    each window of the second half. With `sentences.shuffled()` in place of `sentences` it is the shuffled control.
-    """
-    states, inputs = word_states(residual_streams(model, tokens), sentences)
-    row, scores = structural_probe(states, sentences, seed=seed)
-    found = [
-        window_sums(value, row).assign(input=what, layer=layer, name=name)
-        for name, values in scores.items()
-        for (what, layer), value in zip(inputs, values)
-    ]
-    return pd.concat(found, ignore_index=True)[
-        ["input", "layer", "name", "sequence", "sum", "count"]
-    ]
-
-
-def window_sums(score: torch.Tensor, row: torch.Tensor) -> pd.DataFrame:
-    """Sums of a score (sentence,) over the sentences in each window, `row` (sentence,): as `sequence_sums`, NaN left out."""
-    window, number = row.unique(return_inverse=True)
-    sums, counts = (
-        torch.zeros(len(window), dtype=torch.float64).index_add(0, number, part.double())
-        for part in (score.nan_to_num(0.0), ~score.isnan())
-    )
-    return pd.DataFrame({"sequence": range(len(window)), "sum": sums, "count": counts.long()})
-
-
-def latent_probe(
-    streams: torch.Tensor, top: torch.Tensor, at: torch.Tensor, words, ridge: float = 0.01
-) -> torch.Tensor:
-    """Whether a linear read-out names the latent: (layer, sequence, position), NaN but at places scored.
-
-    For each layer of `streams` (layer, sequence, position, width) a ridge regression of one-hot `top` (sequence,
-    position), one of `words`, on the states at places `at` (sequence, position; bool) of the first half of the
-    sequences; its largest output is the answer in the second half. Inputs have unit variance on average; the penalty is
-    `ridge` for each place. Chance is 1 / len(words).
+    For each layer a ridge regression of the one-hot `top` (sequence, position), one of `words`, on
+    the streams at places `at` (sequence, position; bool) of the first half of the sequences; its
+    largest output is the answer in the second half. Inputs have variance 1 on average; the penalty is
+    `ridge` for each place. DataFrame (layer, sequence, sum, count) of right answers.
     """
     half = len(top) // 2
     labels = (top[..., None] == torch.as_tensor(words)).float()
     x, y = streams[:, :half][:, at[:half]].float(), labels[:half][at[:half]]
-    mean, scale = (
-        x.mean(1, keepdim=True),
-        x.std(1, keepdim=True).square().mean(-1, keepdim=True).sqrt(),
-    )
+    mean = x.mean(1, keepdim=True)
+    scale = x.std(1, keepdim=True).square().mean(-1, keepdim=True).sqrt()
     x = (x - mean) / scale
-    square = x.transpose(1, 2) @ x + ridge * x.shape[1] * torch.eye(x.shape[2])
-    weights = torch.linalg.solve(square, x.transpose(1, 2) @ (y - y.mean(0)))
-    answer = (
-        ((streams[:, half:][:, at[half:]].float() - mean) / scale) @ weights + y.mean(0)
-    ).argmax(-1)
-    right = torch.full((len(streams), *top.shape), torch.nan)
-    right[:, half:][:, at[half:]] = (answer == labels[half:][at[half:]].argmax(-1)).float()
-    return right
+    square = x.mT @ x + ridge * x.shape[1] * torch.eye(x.shape[2])
+    weights = torch.linalg.solve(square, x.mT @ (y - y.mean(0)))
+    at, labels = at[half:], labels[half:]
+    answer = ((streams[:, half:][:, at].float() - mean) / scale) @ weights + y.mean(0)
+    right = torch.full((len(streams), *at.shape), torch.nan)
+    right[:, at] = (answer.argmax(-1) == labels[at].argmax(-1)).float()
+    tables = [sequence_sums(one).assign(layer=layer) for layer, one in enumerate(right)]
+    return pd.concat(tables)[["layer", "sequence", "sum", "count"]]

@@ -1,17 +1,19 @@
-"""What is learned when: a model's loss in parts that each tell of one level of the hierarchy, scaled by exact predictors.
+"""What is learned when: a model's loss in parts that each tell of one level of the hierarchy.
 
-One loss against nested ceilings passes them one after the other whatever is learned first. So the loss is split by the
-chain rule into parts, each of which one level lowers most, and the same split of exact predictors scales it:
+One loss against nested ceilings passes them one after the other whatever is learned first. So the
+loss is split by the chain rule into parts, each of which one level lowers most. With q a prediction
+and qm the mean of all predictions:
 
-    frequencies  -log qm(t), with qm the mean of all predictions q: what is known of tokens without any context
+    frequencies  -log qm(t): what is known of tokens without any context
     syntax       -log q(role) / qm(role), the role's loss beyond its mean
-    maps         -log q(t | role) / qm(t | role), where the sentence so far cannot tell of the word (free)
-    habits       -log q(called or not | role), whether the word is the one that a word seen earlier calls for
-    section      (or whatever level redraws a part of the latents again) the same, where that level calls for another
-                 word than the level above, and given that it is not the word called for above; habits then has the
-                 places where both call for the same word, which who knows the section foresees better still
+    maps         -log q(t | role) / qm(t | role), where the sentence tells nothing of the word
+    habits       -log q(called or not | role): is it the word that an earlier word calls for?
+    section      the same, where the section calls for another word than the document, given that
+                 it is not that one; habits then has the places where both call for the same word.
+                 (Or the name of whatever level redraws a part of the latents again.)
 
-Parts of a loss are in nats for each token from the second one on, and not a number where they do not apply.
+Parts are in nats for each token from the second one on, and not a number where they do not apply.
+The same parts of exact predictors scale them.
 """
 
 from dataclasses import replace
@@ -22,168 +24,165 @@ import torch
 from latentree.data.corpus import HELD_OUT, held_out
 from latentree.data.grammar import LEVELS, Grammar
 from latentree.data.sampler import GrammarProcess
-from latentree.evidence.curves import sequence_sums
+from latentree.evidence.curves import Curve, sequence_sums
 from latentree.exact.predictors import predictive
 from latentree.train.model import log_probabilities
 
 
 def exact_predictors(process: GrammarProcess, sequences: int, context: int) -> tuple[dict, dict]:
-    """Held-out windows, and log probabilities (sequence, position, vocabulary) before each token of exact predictors.
+    """Held-out windows, and log probabilities (sequence, position, vocabulary) of exact predictors.
 
     - uniform: knows the vocabulary. frequencies: also each token's share of the corpus.
     - syntax: the sentence grammar and each role's words, all alike within a role.
-    - maps: also the frequencies of words by the maps of the first level that redraws latents (mostly the document's),
-      each word drawn on its own. habits: also that level's habits.
-    - the name of the deepest level, if latents are redrawn at several: all latents where the token stands. "maps" and
-      "habits" then know how many of the latents are redrawn below, and take every word as from a redraw of its own.
-    Windows have fields free (bool), and called and called_above (the token that the word's habit calls for, by all
-    latents and by the first level's; -1 where no earlier word calls). ValueError for shared tokens or recursive
-    grammars.
+    - maps: also the maps of the first level that redraws latents (mostly the document), each word
+      drawn on its own. habits: also that level's habits.
+    - the name of the deepest level, if several redraw latents: all latents where the token stands.
+      "maps" and "habits" then know how many latents are redrawn below, and take every word as from
+      a redraw of its own.
+    Windows have the fields free (bool), called and called_above: the token that the word's habit
+    calls for, by all latents and by the first level's; -1 where no earlier word calls.
+    ValueError for recursive grammars, and where nothing is redrawn.
     """
-    grammar, found = process.grammar, {}
-    levels = [level for level in LEVELS if grammar.file.redraw.get(level)]
-    if grammar.file.shared > 0 or grammar.shapes is None or not levels:
+    grammar, levels = process.grammar, _redrawn(process.grammar)
+    if grammar.shapes is None or not levels:
         raise ValueError(
-            f"{process.name}: shared tokens, recursion, or nothing redrawn {grammar.file.redraw}: levels cannot "
-            "be told apart; choose a grammar whose shapes can be enumerated, with shared 0"
+            f"{process.name}: recursive, or redraws nothing {grammar.file.redraw}, so that levels "
+            "cannot be told apart; choose another grammar"
         )
+    found = {}
 
     def annotate(documents):
-        above, trust = known_to(process, documents, levels[0])
-        kinds = {
-            "syntax": (documents, False, None),
-            "maps": (above, True, {r: (t[0], 0.0) for r, t in trust.items()}),
-            "habits": (above, True, trust),
-        } | ({levels[-1]: (documents, True, None)} if len(levels) > 1 else {})
-        found.update(
-            {
-                name: predictive(grammar, source, aware, trust=t)
-                for name, (source, aware, t) in kinds.items()
-            }
-        )
+        above, trust = _known_to(process, documents, levels[0])
+        only_maps = {role: (of_map, 0.0) for role, (of_map, _) in trust.items()}
+        found["syntax"] = predictive(grammar, documents, latent_aware=False)
+        found["maps"] = predictive(grammar, above, trust=only_maps)
+        found["habits"] = predictive(grammar, above, trust=trust)
+        if len(levels) > 1:
+            found[levels[-1]] = predictive(grammar, documents)
         free, called = _calls(grammar, documents)
-        return {
-            "free": free,
-            "called": called,
-            "called_above": _calls(grammar, above)[1],
-            "token": torch.arange(len(free)),
-        }
+        _, called_above = _calls(grammar, above)
+        number = torch.arange(len(free))
+        return {"free": free, "called": called, "called_above": called_above, "token": number}
 
     rows = held_out(process, sequences, context, annotate=annotate)
-    flat = torch.full((grammar.vocabulary_size,), 1 / grammar.vocabulary_size, dtype=torch.float64)
-    known = {"uniform": flat, "frequencies": torch.tensor(process.token_frequencies())}
-    known = {name: p.expand(sequences, context - 1, -1) for name, p in known.items()}
-    return rows, {
-        name: p.log()
-        for name, p in (
-            known | {name: p[rows["token"][:, 1:]] for name, p in found.items()}
-        ).items()
+    size, shape = grammar.vocabulary_size, (sequences, context - 1, -1)
+    predicted = {
+        "uniform": torch.full((size,), 1 / size, dtype=torch.float64).expand(shape),
+        "frequencies": torch.tensor(process.token_frequencies()).expand(shape),
     }
+    predicted |= {name: p[rows["token"][:, 1:]] for name, p in found.items()}
+    return rows, {name: p.log() for name, p in predicted.items()}
 
 
-def known_to(process: GrammarProcess, documents, level: str) -> tuple:
-    """Held-out documents (from the first on) with the latents down to `level` only, and the `trust` of `predictive` in them.
+def _known_to(process: GrammarProcess, documents, level: str) -> tuple:
+    """Held-out documents with the latents down to `level` only, and `predictive`'s trust in them.
 
-    A map of which k of n words are permuted below holds with probability (n - k) / (n - 1), else a word is any of the n
-    (one of the k may keep its place); a habit holds with 1 - k / n, else it is drawn afresh.
+    A map of which k of n words are permuted below holds with probability (n - k) / (n - 1), else a
+    word is any of the n (one of the k may keep its place); a habit holds with 1 - k / n, else it is
+    drawn afresh.
     """
     grammar, file = process.grammar, process.grammar.file
-    kept = {
-        name: share
-        for name, share in file.redraw.items()
-        if LEVELS.index(name) <= LEVELS.index(level)
-    }
-    content = file.model_dump() | {"redraw": kept, "exclude_held_out": 0}
-    base = GrammarProcess(Grammar(content), process.seed).documents(
-        process.apart(HELD_OUT, documents.count)
-    )
+    kept = _redrawn(grammar)[: _redrawn(grammar).index(level) + 1]
+    below = [share for name, share in file.redraw.items() if name not in kept]
+    redraw = {name: file.redraw[name] for name in kept}
+    content = file.model_dump() | {"redraw": redraw, "exclude_held_out": 0}
+    above = GrammarProcess(Grammar(content), process.seed)
+    base = above.documents(process.apart(HELD_OUT, documents.count))
     each, units = file.document.per_document("sentence"), len(next(iter(base.maps.values())))
     number = documents.token["document"] * each + documents.token["sentence"]
-    trust = {role: [1.0, 1.0] for role in grammar.roles}
-    for share in (share for name, share in file.redraw.items() if name not in kept):
-        for role, spec, n in zip(grammar.roles, grammar.role_specs, grammar.sizes.tolist()):
-            parent = (
-                grammar.sizes[grammar.roles.index(file.habits[role])] if role in file.habits else 1
-            )
-            trust[role][0] *= min(1.0, (n - round(share * n)) / (n - 1)) if spec.has_map else 1.0
-            trust[role][1] *= 1 - round(share * parent) / parent
     token = documents.token | {"unit": number * units // (documents.count * each)}
+    trust, sizes = {}, dict(zip(grammar.roles, grammar.sizes.tolist()))
+    for role, spec in zip(grammar.roles, grammar.role_specs):
+        of_map, of_habit = 1.0, 1.0
+        words, parents = sizes[role], sizes.get(file.habits.get(role), 1)
+        for share in below:
+            if spec.has_map:
+                of_map *= min(1.0, (words - round(share * words)) / (words - 1))
+            of_habit *= 1 - round(share * parents) / parents
+        trust[role] = (of_map, of_habit)
     return replace(documents, token=token, maps=base.maps, habits=base.habits), trust
 
 
+def _redrawn(grammar):
+    """The levels that redraw latents, the highest first."""
+    return [level for level in LEVELS if grammar.file.redraw.get(level)]
+
+
 def _calls(grammar, documents):
-    """Whether each word with a map is free of the sentence's earlier words, and the token that its habit calls for, or -1."""
-    token, tokens, called = documents.token, documents.tokens, torch.full_like(documents.tokens, -1)
-    longest = max(len(shape.roles) for shape in documents.shapes)
-    padded = torch.tensor(
-        [[*s.binds_to, *[-1] * (longest - len(s.roles))] for s in documents.shapes]
-    )
-    place, parents = token["place"], padded[token["shape"]]  # parents (tokens, longest)
+    """Whether each word with a map is free of earlier words; the token called for, or -1."""
+    token, tokens = documents.token, documents.tokens
+    place, role = token["place"], token["role"]
+    binds = [torch.tensor(shape.binds_to) for shape in documents.shapes]
+    binds = torch.nn.utils.rnn.pad_sequence(binds, batch_first=True, padding_value=-1)
+    parents = binds[token["shape"]]  # (tokens, longest)
     parent = parents.gather(1, place[:, None])[:, 0]
-    has_children = ((parents == place[:, None]) & (torch.arange(longest) < place[:, None])).any(1)
-    mapped = torch.tensor([role.has_map for role in grammar.role_specs])[token["role"]]
+    earlier = torch.arange(binds.shape[1]) < place[:, None]
+    has_children = ((parents == place[:, None]) & earlier).any(1)
+    mapped = torch.tensor([spec.has_map for spec in grammar.role_specs])[role]
+    called = torch.full_like(tokens, -1)
     for child, habit in documents.habits.items():
-        here = (
-            (parent >= 0) & (parent < place) & (token["role"] == grammar.roles.index(child))
-        ).nonzero()[:, 0]
+        bound = (parent >= 0) & (parent < place) & (role == grammar.roles.index(child))
+        here = bound.nonzero()[:, 0]
         unit, words = token["unit"][here], tokens[here - place[here] + parent[here]]
-        above, below = (documents.maps[role] for role in (grammar.file.habits[child], child))
+        above, below = documents.maps[grammar.file.habits[child]], documents.maps[child]
         rank = (above[unit % len(above)] == words[:, None]).int().argmax(1)
         called[here] = below[unit % len(below), habit[unit, rank]]
     return (parent < 0) & ~has_children & mapped, called
 
 
 def loss_parts(grammar: Grammar, log_p: torch.Tensor, rows: dict) -> dict:
-    """Parts of the loss {name: (sequence, position - 1)} of predictions log_p (sequence, position - 1, vocabulary).
+    """Parts of the loss {level: (sequence, position - 1)} of predictions log_p, vocabulary last.
 
-    They are of all tokens but the first in the windows `rows` of `exact_predictors`: a model's log_softmax(logits[:,
-    :-1]).
+    They are of all tokens but the first in the windows `rows` of `exact_predictors`.
     """
-    token, role, called, above, free = (
-        rows[name][:, 1:] for name in ("tokens", "role", "called", "called_above", "free")
-    )
+    fields = ("tokens", "role", "called", "called_above", "free")
+    token, role, called, above, free = [rows[name][:, 1:] for name in fields]
     members = torch.zeros(len(grammar.roles), grammar.vocabulary_size, dtype=torch.float64)
-    for r, words in enumerate(grammar.words):
-        members[r, words] = 1
+    for number, words in enumerate(grammar.words):
+        members[number, words] = 1
     p = log_p.double().exp()
     mean = p.mean((0, 1))
-    mean_role, of_role = (members @ mean)[role], (p @ members.T).gather(-1, role[..., None])[..., 0]
-    of_word, of_called, of_above = (
-        p.gather(-1, t.clamp(min=0)[..., None])[..., 0] / of_role for t in (token, called, above)
-    )
-    word = (mean[token] / mean_role / of_word).log()
-    bound, same = called >= 0, called == above
-    chance = torch.where(same, of_called, of_called / (1 - of_above).clamp(min=1e-12))
+    mean_role = (members @ mean)[role]
+    of_role = (p @ members.T).gather(-1, role[..., None])[..., 0]
+
+    def within_role(word):
+        return p.gather(-1, word.clamp(min=0)[..., None])[..., 0] / of_role
+
+    word = (mean[token] / mean_role / within_role(token)).log()
+    same, chance = called == above, within_role(called)
+    rest = (1 - within_role(above)).clamp(min=1e-12)
+    chance = torch.where(same, chance, chance / rest)
     event = -torch.where(token == called, chance, (1 - chance).clamp(min=1e-12)).log()
     parts = {
         "frequencies": -mean[token].log(),
         "syntax": (mean_role / of_role).log(),
         "maps": word.where(free, torch.nan),
-        "habits": event.where(bound & same, torch.nan),
+        "habits": event.where((called >= 0) & same, torch.nan),
     }
-    deepest = [level for level in LEVELS if grammar.file.redraw.get(level)][1:][-1:]
-    return parts | {
-        level: event.where(bound & ~same & (token != above), torch.nan) for level in deepest
-    }
+    for deepest in _redrawn(grammar)[1:][-1:]:
+        parts[deepest] = event.where((called >= 0) & ~same & (token != above), torch.nan)
+    return parts
 
 
 def losses_by_level(model, grammar: Grammar, rows: dict) -> pd.DataFrame:
-    """Sums of `loss_parts` of a model over each of the windows `rows`: DataFrame (level, sequence, sum, count)."""
+    """Sums of a model's `loss_parts` over the windows: DataFrame (level, sequence, sum, count)."""
     parts = loss_parts(grammar, log_probabilities(model, rows["tokens"])[:, :-1], rows)
-    return pd.concat(
-        [sequence_sums(part).assign(name=level) for level, part in parts.items()]
-    ).rename(columns={"name": "level"})
+    tables = [sequence_sums(part).assign(level=level) for level, part in parts.items()]
+    return pd.concat(tables)[["level", "sequence", "sum", "count"]]
 
 
 def level_curves(own: dict, exact: dict) -> dict:
-    """Recovered share of each level, a `Curve` (without - loss) / (without - with), by loss curves `own` {level: Curve}.
+    """{level: `Curve` of its recovered share, (without - loss) / (without - with)}, not clipped.
 
-    `exact` {predictor: parts of `loss_parts`} has those of `exact_predictors`, in their order: `with` is the predictor of
-    the level's name, `without` the one before. Nothing is clipped; a level that has nothing to tell is left out.
+    `own` {level: Curve} are the model's losses, `exact` {predictor: its loss_parts} those of
+    `exact_predictors` in their order: `with` is the predictor of the level's name, `without` the
+    one before. A level that has nothing to tell is left out.
     """
-    found, names = {}, list(exact)
-    for before, name in zip(names, names[1:]):
-        without, aware = (exact[predictor][name].nansum(1).numpy() for predictor in (before, name))
-        if abs((without - aware).sum()) > 1e-6 * max(1, abs(without).sum()):
-            found[name] = own[name].recovered(without, aware)
+    found, predictors = {}, list(exact)
+    for before, level in zip(predictors, predictors[1:]):
+        without = exact[before][level].nansum(1, keepdim=True).numpy()
+        gap = without - exact[level][level].nansum(1, keepdim=True).numpy()
+        if abs(gap.sum()) > 1e-6 * max(1, abs(without).sum()):
+            loss = own[level].sums
+            found[level] = Curve(own[level].tokens, without - loss, gap + 0 * loss)
     return found
