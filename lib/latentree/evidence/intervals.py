@@ -1,4 +1,4 @@
-"""Intervals: bootstrap over independent units (sequences, documents), and over seeds."""
+"""Intervals over independent units (sequences, documents, seeds), and tests of paired differences."""
 
 import numpy as np
 import torch
@@ -8,38 +8,33 @@ from scipy import stats
 def bootstrap(values, statistic=None, draws=2000, level=0.95, seed=0):
     """(value, low, high) of a statistic of independent units, by the percentile bootstrap.
 
-    `values` (units, ...) is resampled along its first axis; `statistic` maps arrays (draws, units, ...) to (draws,) and
-    is the mean by default.
+    `values` (units, ...) is resampled along its first axis; `statistic` maps arrays
+    (draws, units, ...) to (draws,) and is the mean by default.
     """
     values = np.asarray(values)
     statistic = statistic or (lambda sample: sample.mean(1))
     chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    drawn = np.concatenate(
-        [statistic(values[part]) for part in np.array_split(chosen, max(1, draws // 200))]
-    )
-    tail = (1 - level) / 2
-    return float(statistic(values[None])[0]), *(
-        float(q) for q in np.quantile(drawn, [tail, 1 - tail])
-    )
+    parts = np.array_split(chosen, max(1, draws // 200))  # for memory's sake
+    drawn = np.concatenate([statistic(values[part]) for part in parts])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(values[None])[0]), float(low), float(high)
 
 
 def t_interval(values, level=0.95):
-    """(mean, low, high) of a few independent estimates (seeds, groups of documents), by Student's t."""
+    """(mean, low, high) of a few independent estimates (seeds), by Student's t."""
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
     if len(values) < 2:
         return mean, float("nan"), float("nan")
-    reach = (
-        stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    )
-    return mean, mean - float(reach), mean + float(reach)
+    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+    return mean, mean - reach, mean + reach
 
 
 def ratio(sums, counts):
-    """(value, low, high) of sum(sums) / sum(counts) over sequences, the first axis, for tensors that broadcast.
+    """(value, low, high) of sum(sums) / sum(counts) over sequences, the first axis of tensors.
 
-    low and high bound 95 %, by the linearised ratio's standard error (Cochran 1977, 6.4) and Student's t with as many
-    degrees of freedom as sequences count, less one. Not a number where less than 2 count (the value: less than 1).
+    low and high bound 95 %, by the linearised ratio's standard error (Cochran 1977, 6.4) and
+    Student's t, with as many degrees of freedom as sequences count, less one. NaN for fewer than 2.
     """
     total, counted = counts.sum(0), (counts > 0).sum(0)
     value = sums.sum(0) / total
@@ -50,62 +45,43 @@ def ratio(sums, counts):
 
 
 def recovered_share(loss, without, aware):
-    """Bootstrap over sequences of (without - loss) / (without - aware), losses (sequences,) on the same tokens.
+    """Bootstrap over sequences of (without - loss) / (without - aware), each (sequences,).
 
     0 says no better than the predictor without the latents, 1 as good as the one that knows them.
     """
-    stacked = np.stack([np.asarray(loss), np.asarray(without), np.asarray(aware)], 1)
 
     def share(sample):
-        means = sample.mean(1)
-        return (means[:, 1] - means[:, 0]) / (means[:, 1] - means[:, 2])
+        own, worst, best = np.moveaxis(sample.mean(1), -1, 0)
+        return (worst - own) / (worst - best)
 
-    return bootstrap(stacked, share)
+    return bootstrap(np.stack([loss, without, aware], 1), share)
 
 
 def paired(differences, draws=2000, seed=0) -> dict:
     """Do paired differences (pairs,) lie above 0? Every test is one-sided.
 
-    Returns the mean; d, Cohen's of paired differences (mean / standard deviation), and d_low, d_high, its 95 % by bootstrap
-    (of the samples that spread); p by permutation (all signs, exact), wilcoxon and t. With n pairs no p by permutation is
-    below 2^-n. ValueError for less than 2 pairs.
+    Returns their mean; Cohen's d of paired differences (mean / standard deviation) with 95 % by
+    bootstrap; p by permutation (all signs, exact: never below 2^-pairs), wilcoxon and t.
+    Raises ValueError for fewer than 2 pairs, or one that is not finite.
     """
     values = np.asarray(differences, dtype=float)
-    if len(values) < 2:
-        raise ValueError(f"differences: has {len(values)} pair; give 2 or more")
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"differences: {values.tolist()} are not all finite; give pairs that are, or leave out the others"
-        )
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"differences = {values.tolist()}: give 2 or more, all of them finite")
 
     def effect(sample):
         spread = sample.std(1, ddof=1)
-        return sample.mean(1)[spread > 0] / spread[spread > 0]
+        return sample.mean(1) / np.where(spread > 0, spread, np.nan)
 
-    drawn = effect(
-        values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))]
-    )
-    if not len(effect(values[None])):  # all the same
-        same = 0.5 ** len(values) if values[0] > 0 else 1.0
-        nothing = dict.fromkeys(("d", "d_low", "d_high"), np.nan)
-        return (
-            {"mean": float(values[0])}
-            | nothing
-            | dict.fromkeys(("permutation", "wilcoxon", "t"), same)
-        )
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    signs = stats.permutation_test(
-        (values,), np.mean, permutation_type="samples", alternative="greater", n_resamples=np.inf
-    )
+    chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.nanquantile(effect(values[chosen]), [0.025, 0.975])
+    exact = {"permutation_type": "samples", "n_resamples": np.inf, "alternative": "greater"}
     return {
         "mean": float(values.mean()),
         "d": float(effect(values[None])[0]),
         "d_low": float(low),
         "d_high": float(high),
-        "permutation": float(signs.pvalue),
-        "wilcoxon": float(
-            stats.wilcoxon(values, alternative="greater", zero_method="zsplit").pvalue
-        ),
+        "permutation": float(stats.permutation_test((values,), np.mean, **exact).pvalue),
+        "wilcoxon": float(stats.wilcoxon(values, 0, "zsplit", False, "greater").pvalue),
         "t": float(stats.ttest_1samp(values, 0, alternative="greater").pvalue),
     }
 
