@@ -26,10 +26,8 @@ from latentree.data.corpus import held_out, load_corpus
 from latentree.data.grammar import Grammar
 from latentree.data.ngrams import Chain
 from latentree.data.text import load_text
-from latentree.data.two_level import TwoLevel, contested, enumerated
 from latentree.evidence.claims_old import Claim, write_results
 from latentree.evidence.curves import Curve, doublings_later, half_way
-from latentree.evidence.intervals import paired
 from latentree.exact.information import exact
 from latentree.measure.ablation import ablated_losses, control_heads
 from latentree.measure.donors import stimulus
@@ -1034,13 +1032,6 @@ MEMORY = [
     ),
     Fault(
         "memory",
-        "too many sequences to enumerate",
-        nothing,
-        lambda p: enumerated(TwoLevel()),
-        ("two-level, hierarchical: has 64^", "give a smaller process"),
-    ),
-    Fault(
-        "memory",
         "more held-out sequences than are kept apart",
         nothing,
         lambda p: held_out(load_corpus("released", GRAMMARS), 2000, 512),
@@ -1417,19 +1408,6 @@ def curve(sequences, checkpoints=2):
 
 MEASUREMENTS = [
     measured(
-        "statistics: a single pair",
-        lambda: paired([1.0]),
-        "differences: has 1 pair",
-        "give 2 or more",
-    ),
-    measured(
-        "statistics: a pair that is no number",
-        lambda: paired([1.0, float("nan")]),
-        "differences: ",
-        "nan",
-        "give",
-    ),
-    measured(
         "curves: fewer values than tokens",
         lambda: half_way([1, 10, 100], [0.1, 0.2]),
         "values: ",
@@ -1500,18 +1478,6 @@ MEASUREMENTS = [
         lambda: exact(corpus().grammar, [10**6]),
         "distance = 288: no document of bound is so long",
         "give a smaller one",
-    ),
-    measured(
-        "theory: unknown process",
-        lambda: TwoLevel("flat"),
-        "kind = 'flat'",
-        "use one of hierarchical",
-    ),
-    measured(
-        "theory: distance that is not there",
-        lambda: contested(TwoLevel(), 4, [99]),
-        "distances = [99]",
-        "give some from 1 to 15",
     ),
     measured(
         "text: no such file",

@@ -1,0 +1,108 @@
+"""Intervals on data whose coverage is known, and tests of pairs against their definitions."""
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from latentree.evidence.intervals import (
+    bootstrap,
+    holm,
+    paired,
+    ratio,
+    recovered_share,
+    t_interval,
+)
+from scipy import stats
+
+
+def test_intervals_cover_as_often_as_they_say():
+    samples = np.random.default_rng(0).exponential(size=(300, 60))
+    for interval in (lambda sample: bootstrap(sample, draws=400), t_interval):
+        bounds = np.array([interval(sample) for sample in samples])
+        covered = (bounds[:, 1] <= 1) & (bounds[:, 2] >= 1)
+        assert 0.88 < covered.mean() < 0.985
+    assert np.isnan(t_interval([3.0])[1:]).all()  # one estimate has no interval
+
+
+def test_the_bootstrap_resamples_whole_units_of_any_shape():
+    """The draws are numpy's own for the seed, so that the digits of an interval stay."""
+    values = np.random.default_rng(1).normal(size=(20, 2))
+    chosen = np.random.default_rng(5).integers(20, size=(300, 20))
+    shares = values[chosen, 0].sum(1) / values[chosen, 1].sum(1)
+    found = bootstrap(
+        values, lambda d: d[..., 0].sum(1) / d[..., 1].sum(1), draws=300, level=0.9, seed=5
+    )
+    assert found[1:] == pytest.approx(np.quantile(shares, [0.05, 0.95]))
+    assert found[0] == pytest.approx(values[:, 0].sum() / values[:, 1].sum())
+
+
+def test_a_ratio_weighs_sequences_by_what_they_count():
+    sums, counts = torch.tensor([1.0, 9.0, 0.0]), torch.tensor([1.0, 3.0, 0.0])
+    assert ratio(sums, counts)[0].item() == 2.5  # not the mean of 1 and 3
+    scores = torch.tensor([[1.0], [2.0], [4.0], [5.0]]).double()
+    found = torch.stack(ratio(scores, torch.ones(4, 1)))[:, 0]
+    assert found.tolist() == pytest.approx(t_interval(scores[:, 0]))
+
+
+def test_recovered_share_is_one_for_the_ceiling_and_zero_for_the_floor():
+    rng = np.random.default_rng(0)
+    without, aware = 2 + rng.random(50), 1 + rng.random(50)
+    assert recovered_share(aware, without, aware) == (1.0, 1.0, 1.0)
+    assert recovered_share(without, without, aware) == (0.0, 0.0, 0.0)
+    loss = (without + aware) / 2 + rng.normal(0, 0.1, 50)
+    value, low, high = recovered_share(loss, without, aware)
+    assert low < value < high and value == pytest.approx(0.5, abs=0.1)
+
+
+def by_signs(values, statistic):
+    """The share of all ways to set the signs in which a statistic is as large as it is, or larger."""
+    signs = np.array(list(product((1, -1), repeat=len(values))))
+    ways = np.array([statistic(row * np.abs(values)) for row in signs])
+    return np.mean(ways >= statistic(values) - 1e-12)
+
+
+def test_paired_differences_are_tested_one_sided():
+    values = np.random.default_rng(1).normal(0.4, 1, 9)
+    found, turned = paired(values), paired(-values)
+    ranks = stats.rankdata(np.abs(values))
+    assert found["d"] == pytest.approx(values.mean() / values.std(ddof=1)) == -turned["d"]
+    assert found["permutation"] == pytest.approx(by_signs(values, np.mean))
+    assert found["wilcoxon"] == pytest.approx(by_signs(values, lambda v: ranks[v > 0].sum()))
+    assert found["t"] == pytest.approx(stats.t.sf(found["d"] * 3, 8))
+    assert found["permutation"] + turned["permutation"] == pytest.approx(1 + 2**-9)
+
+
+def test_when_all_pairs_agree_no_sign_test_is_below_its_least():
+    found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found["permutation"] == 2.0**-5 == found["wilcoxon"]
+    assert paired([2.0, 2.0, 2.0])["permutation"] == 2.0**-3  # and no spread, no d
+    assert np.isnan(paired([2.0, 2.0, 2.0])["d"])
+
+
+def test_the_interval_of_d_is_that_of_resampled_pairs():
+    values, rng = np.random.default_rng(2).normal(0.8, 1, 14), np.random.default_rng(3)
+    drawn = rng.choice(values, (8000, 14))
+    expected = np.quantile(drawn.mean(1) / drawn.std(1, ddof=1), [0.025, 0.975])
+    found = paired(values)
+    assert (found["d_low"], found["d_high"]) == pytest.approx(expected, abs=0.08)
+
+
+def test_a_pair_that_is_no_number_is_named():
+    """scipy gives it p = 0."""
+    with pytest.raises(ValueError, match=r"differences = \[1.0, nan\]: give 2 or more"):
+        paired([1.0, float("nan")])
+
+
+@given(st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02, 0.05]), min_size=1, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_holm_closes_bonferronis_test(p):
+    """An adjusted p is the largest that Bonferroni gives to a set of tests with this one in it."""
+    expected = np.zeros(len(p))
+    for size in range(1, len(p) + 1):
+        for chosen in combinations(range(len(p)), size):
+            adjusted = min(1, size * min(p[i] for i in chosen))
+            expected[list(chosen)] = np.maximum(expected[list(chosen)], adjusted)
+    np.testing.assert_allclose(holm(p), expected, rtol=1e-12)
