@@ -337,9 +337,8 @@ def repair_question():
     """Positions whose own token is to be predicted again: what repair_model does."""
     tokens = torch.randint(VOCABULARY, (40, CONTEXT), generator=torch.Generator().manual_seed(1))
     at = torch.randint(4, CONTEXT, (40,), generator=torch.Generator().manual_seed(2))
-    source = torch.arange(40)[:, None].expand(40, CONTEXT)
     target = tokens[torch.arange(40), at]
-    return donors.Stimulus(tokens, at, target, torch.zeros_like(tokens), source)
+    return donors.Stimulus(tokens, at, target, torch.zeros_like(tokens))
 
 
 def test_where_a_share_is_made_up_for_repair_follows_what_is_removed():
