@@ -114,10 +114,12 @@ def pick(table: pd.DataFrame, **wanted) -> pd.DataFrame:
     return table
 
 
-def lines(table, x="tokens", y="value", hue=None, legend=True, marker=".", **grid) -> sns.FacetGrid:
+def lines(
+    table, x="tokens", y="value", hue=None, null=None, legend=True, marker=".", **grid
+) -> sns.FacetGrid:
     """Curves of `y` over `x`, one for each `hue`; the interval low..high is a band, if it is there.
 
-    `grid` goes to FacetGrid: col, row, col_wrap, palette, hue_order, height, aspect, sharey, ...
+    `null` names a column that is drawn beside each curve, in thin dashes. `grid` goes to FacetGrid: col, row, col_wrap, palette, hue_order, height, aspect, sharey, ...
     """
 
     def draw(data, color, label=None):
@@ -125,6 +127,8 @@ def lines(table, x="tokens", y="value", hue=None, legend=True, marker=".", **gri
         axes.plot(data[x], data[y], color=color, marker=marker, label=label)
         if "low" in data:
             axes.fill_between(data[x], data["low"], data["high"], color=color, alpha=0.2, lw=0)
+        if null:
+            axes.plot(data[x], data[null], color=color, ls="--", lw=0.8)
 
     found = _mapped(table, draw, hue, legend, grid)
     return found.set_axis_labels(x, y)
@@ -179,7 +183,7 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
         found.map_dataframe(draw)
     found.figure.set_layout_engine("constrained")
     panel = [name for name in ("row", "col") if name in grid]
-    found.set_titles(", ".join(f"{{{name}_name}}" for name in panel))
+    found.set_titles(", ".join(f"{{{name}_name}}" for name in panel), "{row_name}", "{col_name}")
     if legend and hue:
         drawn = {}
         for axes in found.axes.flat:
