@@ -5,12 +5,10 @@ x @ W_V (head_dim), and what it adds to the attention's output is z @ W_O (width
 is the head's mix of values.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from nnsight import NNsight
 from transformers.pytorch_utils import Conv1D
 
 
@@ -202,70 +200,3 @@ def norm_scale(norm, vectors: torch.Tensor) -> torch.Tensor:
         (getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-5
     )  # OLMo's own
     return (vectors.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-
-
-# ---------------------------------------------------------------------- until their callers have moved
-
-
-@torch.no_grad()
-def written_in(model, given: dict, layer: int = -1, replaced: dict | None = None) -> dict:
-    """What is written in a run of nnsight on the inputs `given`; `replaced` {site: tensor} takes its place in `layer`.
-
-    `attention`, `mlp` (layer, batch, position, width): what these add to the stream; `z` (layer, batch, position, head,
-    head_dim); `embedding`, `stream` (after the last block), `normed` (batch, position, width); `cache`, keys and values.
-    """
-    traced, replaced = NNsight(model), replaced or {}
-    inside = Internals(model, traced)
-    with traced.trace(**given, logits_to_keep=1):
-        embedding = inside.blocks[0].input.save()
-        sites = {"z": [], "attention": [], "mlp": []}
-        for number in range(inside.layers):
-            new = replaced if number == layer else {}
-            if "z" in new:
-                inside.o_proj(number).input = new["z"].flatten(-2)
-            sites["z"].append(
-                inside.o_proj(number).input.unflatten(-1, (inside.heads, inside.head_dim))
-            )
-            if "attention" in new:
-                inside.attention_written(number).output = new["attention"]
-            sites["attention"].append(inside.attention_written(number).output)
-            if "mlp" in new:
-                inside.mlp_written(number).output = new["mlp"]
-            sites["mlp"].append(inside.mlp_written(number).output)
-        sites.save()
-        stream, normed = inside.final_norm.input.save(), inside.final_norm.output.save()
-        cache = traced.output.past_key_values.save()
-    found = {name: torch.stack(values) for name, values in sites.items()}
-    return found | {"embedding": embedding, "stream": stream, "normed": normed, "cache": cache}
-
-
-@contextmanager
-def readable_attention(model):
-    """Within, the model's attention is eager: the other implementations are faster and compute no probabilities to read."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def read_attention(model, tokens, read) -> tuple[list, torch.Tensor]:
-    """What `read` makes of each layer's attention (batch, head, query, key) on tokens (batch, position), and the logits.
-
-    One layer's attention is held at a time.
-    """
-    inside, found = Internals(model), []
-
-    def hook(module, inputs, output):
-        found.append(read(output[1]))
-        return (output[0], None, *output[2:])
-
-    hooks = [inside.attention(layer).register_forward_hook(hook) for layer in range(inside.layers)]
-    try:
-        with readable_attention(model):
-            return found, model(input_ids=tokens, use_cache=False).logits
-    finally:
-        for one in hooks:
-            one.remove()
