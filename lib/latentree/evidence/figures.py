@@ -180,8 +180,12 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
     """A FacetGrid with `draw` in every panel, its titles without the columns' names."""
     with mpl.rc_context({"figure.constrained_layout.use": False}):  # seaborn sets its own layout
         found = sns.FacetGrid(table, hue=hue, **({"height": 2.8, "aspect": 1.2} | grid))
+        found.tight_layout = lambda: found  # map and refline would bring seaborn's layout back
         found.map_dataframe(draw)
     found.figure.set_layout_engine("constrained")
+    for axes in found.axes.flat:
+        if not axes.has_data():  # a panel without rows
+            axes.axis("off")
     panel = [name for name in ("row", "col") if name in grid]
     found.set_titles(", ".join(f"{{{name}_name}}" for name in panel), "{row_name}", "{col_name}")
     if legend and hue:
