@@ -1,0 +1,73 @@
+"""A notebook reads and writes where its workspace says, and refuses models that are not its own."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+from latentree.evidence.claims import Claim
+from latentree.run.workspace import NotTrained, Workspace
+from latentree.series.checkpoints import IDENTITY
+from matplotlib import pyplot as plt
+from test_checkpoints import make_run
+
+
+def claim(id="a-claim"):
+    return Claim(id, "Figure 2", "it holds", "bound", (0.5, 0.4, 0.6), above=0.3, n=8, seeds=[0])
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A workspace with a finished run of the corpus bound, as far as its folder says."""
+    work = Workspace("03_x", "smoke", tmp_path / "out", tmp_path / "trained")
+    run = work.checkpoints / "bound" / "seed-0"
+    run.parent.mkdir(parents=True)
+    shutil.copytree(make_run(tmp_path / "made"), run)
+    (run / "run_card.json").write_text("{}")
+    identity = json.loads((run / IDENTITY).read_text())
+    for folder in [run, *run.glob("step-*")]:
+        told = identity | {"grammar": work.corpus("bound").digest}
+        (folder / IDENTITY).write_text(json.dumps(told))
+    return work
+
+
+def test_figures_tables_and_results_land_in_out(tmp_path):
+    work = Workspace("03_x", "smoke", tmp_path / "out")
+    figure, axes = plt.subplots()
+    axes.plot([1, 2])
+    work.save(figure, "03_line")
+    work.save(pd.DataFrame({"value": [1 / 3]}), "03_table")
+    shown = work.finish([claim(), claim("another")])
+    assert list(shown.index) == ["a-claim", "another"]
+    assert (work.out / "figures" / "03_line.png").exists()
+    assert (work.out / "tables" / "03_table.csv").read_text() == "value\n0.333333\n"
+    results = json.loads((work.out / "results" / "03.json").read_text())
+    assert results["notebook"] == "03_x" and results["claims"][1]["id"] == "another"
+
+
+def test_two_claims_of_one_name_leave_no_result(tmp_path):
+    work = Workspace("03_x", "smoke", tmp_path / "out")
+    with pytest.raises(ValueError, match="a-claim is there twice"):
+        work.finish([claim(), claim()])
+    assert not (work.out / "results").exists()
+
+
+def test_relative_folders_are_the_projects_wherever_jupyter_started(tmp_path, monkeypatch):
+    here = Workspace("03_x", "smoke", "outputs/scratch")
+    monkeypatch.chdir(here.out.parents[1] / "notebooks")
+    there = Workspace("03_x", "smoke", "outputs/scratch")
+    assert there.out == here.out and there.grammars == here.grammars
+    assert there.checkpoints == here.out.parents[1] / "outputs" / "smoke" / "checkpoints"
+
+
+def test_a_missing_run_is_told_by_the_first_line(tmp_path):
+    with pytest.raises(NotTrained, match="no trained model of bound; run `make run"):
+        Workspace("03_x", "smoke", tmp_path / "out", tmp_path, trained=["bound"])
+
+
+def test_checkpoints_of_another_grammar_are_refused(trained):
+    assert len(trained.series(trained.corpus("bound"))) > 0
+    edited = trained.corpus("bound")
+    edited.digest = "another"
+    with pytest.raises(ValueError, match="was trained on another grammar bound"):
+        trained.series(edited)
