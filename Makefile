@@ -1,17 +1,26 @@
-# make run      executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/
-# make test     runs all tests
-# make report   writes the table of all claims of the profile's run into README.md, and claims.csv beside its results
-# make exercises writes students' notebooks, the solutions taken out, into exercises/
-# make solutions executes the notebooks with their solutions and checks at smoke scale, in minutes
-# make book     builds the notebooks as a book, build/book/html/index.html
-# make bench    times the main steps on this machine
+# make run        executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/PROFILE/
+# make test       runs all tests
+# make compare    tells which claims differ between two runs: make compare A=outputs/reading B=outputs/laptop
+# make exercises  writes students' notebooks, the solutions taken out, into exercises/
+# make solutions  executes the notebooks with their solutions and checks at smoke scale, in minutes
+# make lab        opens the notebooks in JupyterLab
+# make book       builds the notebooks as a book, build/book/html/index.html
+# make bench      times the main steps on this machine
+# make cluster    submits a profile's notebooks to SLURM; ACCOUNT and PARTITION are options, or stand in cluster.mk
+# For who maintains it:
+# make reading    takes over outputs/laptop into the reading copy that git keeps; one notebook with NOTEBOOK=03
+# make report     writes the table of the reading copy's claims into README.md
 PYTHON ?= python3
 PROFILE ?= laptop
+GPUS ?= 1
+LIBRARY = .venv/bin/python -m latentree
 
-run: .venv/.installed
+-include cluster.mk
+
+run: .venv/.has-run
 	.venv/bin/python -m snakemake --profile profiles/local --config profile=$(PROFILE)
 
-test: .venv/.installed browser
+test: .venv/.has-test browser
 	.venv/bin/python -m pytest -n 2
 
 # The book's tests open it in Chromium; without it, and without the rights to install it, they are skipped.
@@ -20,29 +29,43 @@ browser:
 		|| { apt-get update -qq && apt-get install -y -qq chromium chromium-driver > /dev/null; } \
 		|| echo "Chromium cannot be installed here: the tests that open the book in it are skipped"
 
-report: .venv/.installed
-	folder=$$(.venv/bin/python -m latentree.run --folder-of $(PROFILE)) && .venv/bin/python -m latentree.run.report $$folder
+compare: .venv/.has-run
+	$(LIBRARY).evidence.compare $(A) $(B)
 
-exercises: .venv/.installed
-	.venv/bin/python -m latentree.run.exercises exercises
+exercises: .venv/.has-run
+	$(LIBRARY).run.exercises exercises $(PROFILE)
 
 solutions:
 	$(MAKE) run PROFILE=smoke
 
-book: .venv/.installed
+lab: .venv/.has-lab
+	.venv/bin/python -m jupyterlab notebooks
+
+book: .venv/.has-book
 	.venv/bin/python docs/build.py
 	@echo build/book/html/index.html
 
-bench: .venv/.installed
+bench: .venv/.has-run
 	.venv/bin/python bench/speed.py
 
+cluster: .venv/.has-cluster
+	.venv/bin/python -m snakemake --profile profiles/slurm --config profile=$(PROFILE) gpus=$(GPUS) \
+		$(if $(ACCOUNT),account=$(ACCOUNT)) $(if $(PARTITION),partition=$(PARTITION))
+
+reading: .venv/.has-run
+	$(LIBRARY).run.reading copy outputs/laptop $(NOTEBOOK)
+
+report: .venv/.has-run
+	$(LIBRARY).run.reading report
+
+# Each target installs what it needs and no more: the extra of its name, beside what executing needs.
 # The first attempt needs no network and does if all packages are there already; the second fetches what is missing.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.has-%: pyproject.toml constraints.txt
 	@test -x .venv/bin/python || $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2> /dev/null \
 		|| { echo "error: PYTHON = $(PYTHON): is not Python 3.11 to 3.13; give a Python from 3.11 to 3.13: make PYTHON=python3.12" >&2; exit 2; }
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q --no-index --no-build-isolation -c constraints.txt -e '.[test,book]' 2> /dev/null \
-		|| .venv/bin/python -m pip install -c constraints.txt -e '.[test,book]'
+	.venv/bin/python -m pip install -q --no-index --no-build-isolation -c constraints.txt -e '.[$*]' 2> /dev/null \
+		|| .venv/bin/python -m pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: run test report bench book browser exercises solutions
+.PHONY: run test browser compare exercises solutions lab book bench cluster reading report

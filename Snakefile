@@ -33,6 +33,7 @@ if not Path(f"params/{PROFILE}").is_dir():
 OUT = f"outputs/{PROFILE}"
 GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # for each job
 CORES = workflow.cores or 2  # a cluster does not say how many it has
+SLURM = {f"slurm_{name}": config[name] for name in ("account", "partition") if name in config}
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
 # With GPUs each training of notebook 02 is a job of its own, so that a cluster runs them in parallel; 02 finds them finished.
@@ -60,22 +61,18 @@ def grammars_of(text):
     return [str(GRAMMARS[name]) for name in sorted(found)]
 
 
-def modules_of(code, found=None):
+def modules_of(code):
     """The files of lib/latentree that Python code imports, directly or through others."""
-    found = {} if found is None else found
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            file = Path("lib", *name.split(".")).with_suffix(".py")
-            if file.exists() and str(file) not in found:
-                found[str(file)] = name
-                modules_of(file.read_text(), found)
-    return sorted(found)
+    found, unread = set(), [code]
+    while unread:
+        for node in ast.walk(ast.parse(unread.pop())):
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                files = {Path("lib", *name.split(".")).with_suffix(".py") for name in names}
+                new = {file for file in files - found if file.exists()}
+                found |= new
+                unread += [file.read_text() for file in new]
+    return sorted(map(str, found))
 
 
 def tell():
@@ -109,6 +106,7 @@ rule train:
     threads: 8
     resources:
         gpu=GPUS,
+        **SLURM,
     params:
         python=sys.executable,
         launch=f"-m accelerate.commands.launch --num_processes {GPUS}" if GPUS > 1 else "",
@@ -137,6 +135,7 @@ for name, after in HERE.items():
         threads: CORES if name[:2] in ("01", "02") else max(1, CORES // 2)
         resources:
             gpu=0 if name in LIGHT else min(GPUS, 1),
+            **SLURM,
         priority: -FIRST.index(name[:2])
         params:
             python=sys.executable,

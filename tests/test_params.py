@@ -1,156 +1,55 @@
-"""Parameters are declared once and refused early: by the function, by the command, and inside the notebook."""
+"""Parameters are declared once, in a notebook's first code cell, and every file of them suits its notebook."""
 
+import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from latentree.run.parameters import check, declared, load, validate
-from tiny import PARAMETERS, write_notebook
+import yaml
+from latentree.data.files import read_yaml
+from latentree.run.parameters import check, declared
+from latentree.run.record import version_of
+from tiny import PARAMETERS, write_notebook, write_project
 
-BAD_VALUES = [
-    ({"sede": 1}, "sede", "seed"),
-    ({"learning_rates": 0.1}, "learning_rates", "learning_rate"),
-    ({"seed": "1"}, "seed", "write 1"),
-    ({"seed": True}, "seed", "whole number"),
-    ({"seed": 1.0}, "seed", "whole number"),
-    ({"seed": None}, "None", "whole number"),
-    ({"seed": -1}, "-1", "0 or more"),
-    ({"learning_rate": "1e-3"}, "learning_rate", "write 1.0e-3"),
-    ({"learning_rate": "1.0e3"}, "learning_rate", "write 1.0e+3"),
-    ({"learning_rate": "0.1"}, "learning_rate", "write 0.1"),
-    ({"learning_rate": True}, "True", "a number"),
-    ({"learning_rate": float("nan")}, "nan", "a number"),
-    ({"learning_rate": 0.0}, "0.0", "greater than 0"),
-    ({"profile": "laptpo"}, "laptpo", "smoke, laptop, gpu, paper"),
-    ({"profile": ["smoke"]}, "profile", "text"),
-    ({"out": " "}, "out", "folder"),
-    ({"seeds": []}, "seeds", "one or more"),
-    ({"seeds": [1, 1]}, "seeds", "distinct"),
-    ({"seeds": [0, -1]}, "seeds", "0 or above"),
-    ({"seeds": 1}, "seeds", "[0, 1]"),
-    ({"layers": 0}, "layers", "greater than 0"),
-    ({"optimizer": "sgd"}, "sgd", "adamw, muon"),
-    ({"device": "gpu"}, "gpu", "auto, cpu, cuda"),
-]
+FILES = sorted(Path("params").glob("*/[0-9]*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def declarations(tmp_path_factory):
-    more = """\
-seeds: list[int] = [0, 1]  # one run each
-layers: int = 2  # transformer blocks
-optimizer: str = "adamw"  # adamw or muon
-device: str = "auto"  # auto, cpu or cuda
-"""
-    return declared(
-        write_notebook(tmp_path_factory.mktemp("n") / "01_a.ipynb", parameters=PARAMETERS + more)
-    )
+def parameters(tmp_path_factory):
+    return declared(write_notebook(tmp_path_factory.mktemp("n") / "01_a.ipynb"))
 
 
-def test_a_declaration_has_type_default_and_meaning(declarations):
-    seed = declarations["seed"]
-    assert (seed.type, seed.default, seed.meaning) == ("int", 0, "of all random numbers")
-    assert (
-        list(declarations)
-        == "profile out seed learning_rate checkpoint seeds layers optimizer device".split()
-    )
+def test_values_replace_defaults_and_a_whole_number_becomes_a_float(parameters):
+    values = check({"seed": 3, "learning_rate": 1}, parameters)
+    assert values["seed"] == 3 and type(values["learning_rate"]) is float
+    assert values["corpora"] == ["bound", "bound-flat"] and values["profile"] == "smoke"
 
 
-def test_good_values_pass_and_a_whole_number_becomes_a_float(declarations):
-    values = check({"seed": 3, "learning_rate": 1, "seeds": [2, 1]}, declarations)
-    assert values == {"seed": 3, "learning_rate": 1.0, "seeds": [2, 1]}
-    assert type(values["learning_rate"]) is float
-
-
-@pytest.mark.parametrize("values, thing, mend", BAD_VALUES, ids=lambda part: str(part)[:30])
-def test_bad_values_are_refused_with_their_mend(declarations, values, thing, mend):
+@pytest.mark.parametrize("text", ["1e-3", "1.0e3", "2E5", "'0.1'"])
+def test_a_number_that_yaml_reads_as_text_is_told_as_yaml_reads_it(parameters, text):
     with pytest.raises(ValueError) as refusal:
-        check(values, declarations)
-    assert (
-        thing in str(refusal.value)
-        and mend in str(refusal.value)
-        and "\n" not in str(refusal.value)
-    )
+        check({"learning_rate": yaml.safe_load(text)}, parameters)
+    mend = str(refusal.value).split("write ")[1].rstrip(")")
+    assert yaml.safe_load(mend) == float(text.strip("'"))
 
 
-BAD_CELLS = [
-    ("seed = 0", "name: type = literal"),
-    ("seed: int", "name: type = literal"),
-    ("seed: int = 0", "meaning"),
-    ("import os", "name: type = literal"),
-    ("seed: int = (\n0)  # seed", "name: type = literal"),
-    ("seed: int = 1 + 1  # seed", "1 + 1 is not a literal"),
-    ("seed: complex = 0  # seed", "complex"),
-    ("seed: int = 0.5  # seed", "whole number"),
-    ("seed: int = -1  # seed", "0 or more"),
-    ("seed: int = 0  # seed\nseed: int = 1  # seed", "twice"),
-    ("seed: int = 0  # 0 = the first", "two `=` signs"),
-    ("seed: int = ", "line 1"),
-]
+@pytest.mark.parametrize("line", ["a: int = 1 + 1", "a: int = 0.5", "a: int = -1", "a = 'x'"])
+def test_a_bad_declaration_is_refused(tmp_path, line):
+    with pytest.raises(ValueError, match="a = "):
+        check({}, declared(write_notebook(tmp_path / "01.ipynb", parameters=PARAMETERS + line)))
 
 
-@pytest.mark.parametrize("cell, mend", BAD_CELLS, ids=[cell for cell, _ in BAD_CELLS])
-def test_bad_declarations_are_refused_with_their_mend(tmp_path, cell, mend):
-    with pytest.raises(ValueError) as refusal:
-        declared(write_notebook(tmp_path / "01_a.ipynb", parameters=cell))
-    assert (
-        "01_a.ipynb" in str(refusal.value)
-        and mend in str(refusal.value)
-        and "\n" not in str(refusal.value)
-    )
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_parameter_files_suit_their_notebooks(path):
+    values = check(read_yaml(path), declared(Path("notebooks") / f"{path.stem}.ipynb"))
+    assert values["profile"] == path.parent.name
 
 
-def test_a_notebook_without_a_parameters_cell_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="0 cells are tagged `parameters`"):
-        declared(write_notebook(tmp_path / "01_a.ipynb", tag="other"))
-
-
-BAD_FILES = [
-    ("", "not a mapping"),
-    ("- 1", "not a mapping"),
-    ("seed: [1", "not YAML"),
-    ("seed: 1\nseed: 2", "seed is there twice"),
-    (": 1", "line 1"),
-    ("'': 1", "not a name"),
-    ("1: 1", "not a name"),
-]
-
-
-@pytest.mark.parametrize("text, mend", BAD_FILES, ids=[text for text, _ in BAD_FILES])
-def test_bad_files_are_refused_with_their_mend(tmp_path, text, mend):
-    file = tmp_path / "a.yaml"
-    file.write_text(text)
-    with pytest.raises(ValueError) as refusal:
-        load(file)
-    assert (
-        "a.yaml" in str(refusal.value)
-        and mend in str(refusal.value)
-        and "\n" not in str(refusal.value)
-    )
-
-
-def test_a_file_that_is_missing_a_folder_or_no_text_is_refused(tmp_path):
-    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\xff")
-    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "a.yaml"):
-        with pytest.raises(ValueError, match="cannot be read"):
-            load(path)
-
-
-def test_validate_checks_current_values_of_annotated_names():
-    namespace = {
-        "__annotations__": {"seed": int, "seeds": list[int]},
-        "seed": 1,
-        "seeds": [0],
-        "other": object(),
-    }
-    assert validate(namespace) == SimpleNamespace(seed=1, seeds=[0])
-    with pytest.raises(ValueError, match="write 1.0e-3"):
-        validate({"__annotations__": {"learning_rate": float}, "learning_rate": "1e-3"})
-
-
-def test_a_kernel_started_in_the_notebooks_folder_works_from_the_root(tmp_path, monkeypatch):
-    (tmp_path / "params").mkdir()
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    validate({})
-    assert Path.cwd() == tmp_path
+def test_the_version_is_of_values_and_not_of_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_project(tmp_path, **{"01_a": []}))
+    file, grammar = Path("params/smoke/01_a.yaml"), Path("params/grammars/bound.yaml")
+    before = version_of("smoke")
+    file.write_text(json.dumps(yaml.safe_load(file.read_text())))
+    assert version_of("smoke") == before
+    grammar.parent.mkdir()
+    grammar.write_text("name: bound\n")
+    assert version_of("smoke") != before

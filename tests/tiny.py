@@ -11,17 +11,21 @@ import psutil
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 PARAMETERS = """\
-# what a reader may change
 profile: str = "smoke"  # size of the run
-out: str = "outputs"  # folder for everything that is written
+out: str = "outputs/scratch"  # folder for everything that is written
+checkpoints: str = ""  # folder of trained models
 seed: int = 0  # of all random numbers
 learning_rate: float = 0.01  # largest step of the optimizer
-checkpoint: str = ""  # folder to resume from
+corpora: list[str] = [
+    "bound",
+    "bound-flat",
+]  # file names
 """
-VALIDATE = "from latentree.run.parameters import validate\nparameters = validate(globals())"
-WRITE = (
-    "from latentree.evidence.claims_old import write_results\nwrite_results(out, '{}', profile, [])"
-)
+WRITE = """\
+import json, pathlib
+folder = pathlib.Path(out, "results")
+folder.mkdir()
+written = (folder / "{}.json").write_text(json.dumps({{"claims": []}}))"""
 # Waits a minute, but only the first time that it is executed in this folder.
 WAIT_ONCE = """\
 import pathlib, time
@@ -31,17 +35,15 @@ print("waiting", flush=True)
 time.sleep(0 if waited else 60)"""
 
 
-def write_notebook(
-    path: Path, *cells: str, parameters: str = PARAMETERS, tag: str = "parameters"
-) -> Path:
-    """A notebook with a parameters cell, the line that validates it, and `cells`."""
+def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
+    """A notebook with a parameters cell and `cells`."""
     head = [
         new_markdown_cell("# A tiny notebook"),
-        new_code_cell(parameters, metadata={"tags": [tag]}),
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    body = [new_code_cell(cell) for cell in (VALIDATE, *cells)]
+    body = [new_code_cell(cell) for cell in cells]
     nbformat.write(new_notebook(cells=head + body, metadata={"kernelspec": kernel}), path)
     return path
 
@@ -49,8 +51,8 @@ def write_notebook(
 def write_project(root: Path, **notebooks: list[str]) -> Path:
     """A project with a smoke profile: for each notebook its cells, then one that writes a result."""
     for name, cells in notebooks.items():
-        write_notebook(root / "notebooks" / f"{name}.ipynb", *cells, WRITE.format(name))
-        params = root / "params" / "smoke" / f"{name}.yaml"
+        write_notebook(root / f"notebooks/{name}.ipynb", *cells, WRITE.format(name[:2]))
+        params = root / f"params/smoke/{name}.yaml"
         params.parent.mkdir(parents=True, exist_ok=True)
         params.write_text("profile: smoke\nseed: 3\n")
     return root
@@ -63,17 +65,15 @@ def command(name: str, *more: str) -> list[str]:
 
 
 def run(root: Path, name: str, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(name, *more), cwd=root, capture_output=True, text=True, timeout=120
-    )
+    line = command(name, *more)
+    return subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=120)
 
 
 def start(arguments: list[str], root: Path, word: str = "waiting") -> subprocess.Popen:
     """Start a process in the background and return when it has printed `word`."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(
-        arguments, cwd=root, text=True, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(arguments, cwd=root, text=True, env=environment, **pipes)
     for line in process.stdout:
         if word in line:
             return process

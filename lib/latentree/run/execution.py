@@ -89,7 +89,8 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     short = "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path has 107 bytes at most
-    lines, early = _Lines(notebook.stem), ""
+    lines, early, errors = _Lines(notebook.stem), "", os.dup(2)
+    os.dup2(1, 2)  # what the kernel's process says goes with the progress
     with tempfile.TemporaryDirectory(
         "", "latentree-", short, ignore_cleanup_errors=True
     ) as private:
@@ -116,6 +117,8 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
             pass  # the cell holds its error
         except (RuntimeError, SystemExit) as error:  # the kernel died, or this process was stopped
             early = str(error)
+        finally:
+            os.dup2(errors, 2)
     return _problem(executed, early)
 
 
@@ -155,23 +158,22 @@ def _problem(notebook: Path, early: str) -> str:
             name = f"In [{number}] `{cell.source.strip().splitlines()[0][:60]}`"
         for output in cell.outputs:
             if output.output_type == "error":  # papermill takes SystemExit: 0 for a success
-                return f"{name}: {output.ename}: {output.evalue}"
+                early = early or f"{output.ename}: {output.evalue}"
     return early and f"{name}: {early}"
 
 
 def _clean(notebook: Path, folder: Path) -> None:
     """Take this machine's paths out of an executed notebook, and make its pictures small."""
-    from latentree.evidence.figures import with_palette  # takes seconds to import
-
     text = notebook.read_text(encoding="utf-8").replace(f"/{notebook.parent.name}", "")
     shown = json.loads(without_machine(text, folder))
     for name in ("input_path", "output_path", "parameters"):
         shown["metadata"].get("papermill", {}).pop(name, None)
-    for cell in shown["cells"]:
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                small = with_palette(b64decode(output["data"]["image/png"]))
-                output["data"]["image/png"] = b64encode(small).decode()
+    outputs = [output for cell in shown["cells"] for output in cell.get("outputs", [])]
+    for data in [output.get("data", {}) for output in outputs]:
+        if "image/png" in data:
+            from latentree.evidence.figures import with_palette  # takes seconds to import
+
+            data["image/png"] = b64encode(with_palette(b64decode(data["image/png"]))).decode()
     notebook.write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

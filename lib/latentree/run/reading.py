@@ -1,0 +1,110 @@
+"""The reading copy, outputs/reading: what git keeps of the laptop's run, and the table of its claims in README.md.
+
+python -m latentree.run.reading copy FOLDER [NN]    takes it over from a run's folder, or one notebook of it
+python -m latentree.run.reading report              writes the table into README.md, between two marked lines
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from latentree.data.files import write_text
+from latentree.evidence.compare import claims_of
+from latentree.run.record import write_entry
+
+READING = Path("outputs/reading")
+BEGIN, END = "<!-- claims: written by make report -->", "<!-- end of claims -->"
+
+
+def copy(run: Path, reading: Path, number: str = "") -> None:
+    """Take over the notebooks of a run whose names begin with `number`, with all they wrote and their entries in run.json.
+
+    Raises ValueError if the run has no such notebook.
+    """
+    record = _record(run)
+    names = [name for name in record if name.startswith(number)]
+    if not names:
+        raise ValueError(f"{run}: has no finished notebook {number}; execute it there first")
+    for name in names:
+        patterns = (f"{name}.ipynb", f"*/{name[:2]}[._]*.png", f"tables/{name[:2]}_*.csv")
+        patterns += (f"results/{name[:2]}.json",)
+        for earlier in [file for pattern in patterns for file in reading.glob(pattern)]:
+            earlier.unlink()
+        for file in [file for pattern in patterns for file in run.glob(pattern)]:
+            target = reading / file.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+        write_entry(reading, name, record[name])
+
+
+def as_markdown(run: Path) -> str:
+    """Verdicts by notebook, with the minutes and the memory that it took, then every claim."""
+    record, claims = _record(run), claims_of(run).reset_index()
+    claims["notebook"] = claims["file"].map({name[:2]: name for name in record})
+    took = pd.DataFrame(record).T[["wall_seconds", "peak_memory_gb"]].astype(float)
+    counts = pd.crosstab(claims["notebook"], claims["verdict"])
+    counts.loc["all"] = counts.sum()
+    minutes = took["wall_seconds"] / 60
+    minutes["all"], took.loc["all"] = minutes.sum(), took.max()
+    counts["minutes"] = minutes.round(1)
+    counts["peak memory (GB)"] = took["peak_memory_gb"].round(1)
+    device = next(iter(record.values()))["device"]
+    shown = _shown(claims).to_markdown(index=False, disable_numparse=True)  # "01" is no number
+    shown = re.sub("-{4,}", "---", re.sub(" {2,}", " ", shown))  # short lines, for git
+    return "\n\n".join(
+        [
+            f"Run on {', '.join([device['cpu'], *device['gpus']])}; with 95 % intervals.",
+            counts.to_markdown(),
+            f"<details><summary>All {len(claims)} claims</summary>",
+            shown,
+            "</details>",
+        ]
+    )
+
+
+def _shown(claims: pd.DataFrame) -> pd.DataFrame:
+    """Every claim as texts: its interval, the region in which it must lie, its verdict."""
+    texts = claims.reindex(columns=["value", "low", "high", "null", "above", "below"])
+    texts = texts.map(lambda number: "" if pd.isna(number) else f"{number:.3g}")
+    interval = texts["value"] + " [" + texts["low"] + ", " + texts["high"] + "]"
+    above = ("> " + texts["above"]).where(texts["above"] != "", "")
+    below = ("< " + texts["below"]).where(texts["below"] != "", "")
+    table = claims.assign(
+        value=interval.where(texts["value"] != "", ""),
+        null=texts["null"],
+        region=(above + " " + below).str.strip(),
+        seeds=claims["seeds"].map(len),
+        claim=claims["id"],
+        notebook=claims["file"],
+    )
+    columns = "notebook claim whose source definition statement corpus value null region seeds"
+    table = table.reindex(columns=[*columns.split(), "verdict"]).astype(object).fillna("")
+    return table.replace({r"\|": r"\\|"}, regex=True)  # inside a table's cell
+
+
+def _record(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit status."""
+    try:
+        if arguments[:1] == ["copy"]:
+            copy(Path(arguments[1]), READING, *arguments[2:])
+        else:
+            readme = Path("README.md")
+            before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+            table = f"{BEGIN}\n\n{as_markdown(READING)}\n\n{END}"
+            write_text(readme, before + table + rest.split(END)[1])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
