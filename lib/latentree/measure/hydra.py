@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from latentree.evidence.intervals import bootstrap, t_interval
+from latentree.evidence.intervals import bootstrap, ratio, t_interval
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
 
@@ -40,10 +40,13 @@ def measure(model, stimulus, among="vocabulary", kinds=("layer", "attention")) -
     runs, rows = Ablations(model, stimulus, among=among), []
     for kind, layer in product(kinds, range(runs.inside.layers)):
         found = runs.ablate(kind, layer)
-        intervals = {label: t_interval(values) for label, values in _quantities(found).items()}
+        quantities = _quantities(found)
+        values = torch.stack([*quantities.values()], 1)
+        intervals = torch.stack(ratio(values, torch.ones_like(values)), 1).tolist()
+        intervals = dict(zip(quantities, intervals))
         if found.compensation.any():  # something comes later
             intervals[-1, "slope"] = bootstrap(found.pairs, slope, draws=500)
-            intervals[-1, "R2"] = bootstrap(found.pairs, r_squared, draws=500)
+            intervals[-1, "R2"] = bootstrap(found.pairs, _r_squared, draws=500)
         rows += [(kind, layer, *label, *interval) for label, interval in intervals.items()]
     columns = ["ablated", "layer", "responding", "quantity", "value", "low", "high"]
     return pd.DataFrame(rows, columns=columns).assign(among=among, n=len(stimulus.at))
@@ -71,12 +74,12 @@ def slope(pairs) -> np.ndarray:
         return (x * y).sum(1) / (x * x).sum(1)
 
 
-def r_squared(pairs) -> np.ndarray:
+def _r_squared(pairs) -> np.ndarray:
     """Shares of explained variance (draws,) of the same regressions."""
     return slope(pairs) * slope(pairs[..., ::-1])
 
 
-def most_repaired(runs: Ablations, least: float = 0.05) -> tuple[Response | None, torch.Tensor]:
+def most_repaired(runs: Ablations, least: float = 0.05) -> tuple[Response | None, np.ndarray]:
     """The attention layer whose loss is best made up for, and which sequences (sequence,) score it.
 
     It is chosen on every other sequence, by the highest correlation of compensation with what is
@@ -86,11 +89,8 @@ def most_repaired(runs: Ablations, least: float = 0.05) -> tuple[Response | None
     chooses = np.arange(len(runs.clean.logit)) % 2 == 0
     found = [runs.ablate("attention", layer) for layer in range(runs.inside.layers - 1)]
     matter = [one for one in found if t_interval(one.removed[chooses])[1] > least]
-
-    def correlation(one):
-        return np.corrcoef(one.pairs[chooses].T)[0, 1]
-
-    return max(matter, key=correlation, default=None), torch.as_tensor(~chooses)
+    best = max(matter, key=lambda one: np.corrcoef(one.pairs[chooses].T)[0, 1], default=None)
+    return best, ~chooses
 
 
 @dataclass
@@ -171,8 +171,7 @@ class Ablations:
         if how not in _WAYS:
             raise ValueError(f"how = {how!r}: is unknown; use one of {', '.join(_WAYS)}")
         self.model, self.inside, self.how, self.seed = model, Internals(model), how, stimulus.seed
-        given = stimulus.tokens, stimulus.at, stimulus.target
-        tokens, at, target = (field.to(model.device) for field in given)
+        tokens, at = (field.to(model.device) for field in (stimulus.tokens, stimulus.at))
         row, places = (torch.arange(size, device=model.device) for size in tokens.shape)
         donor = stimulus.any_state if how == "anywhere" else stimulus.same_state
         sequence, position = (index.to(model.device) for index in donor)
@@ -188,7 +187,7 @@ class Ablations:
         if rivals is None:
             raise ValueError("among = 'role': the stimulus has no roles; make it with a grammar")
         rivals = rivals.to(table)
-        self.direction = table[target] - rivals @ table / rivals.sum(1, keepdim=True)
+        self.direction = table[stimulus.target] - rivals @ table / rivals.sum(1, keepdim=True)
         stream = self.written["stream"][-1, row, at].double()
         self.scale = norm_scale(self.inside.final_norm, stream)
         self.clean = self._effects(self.written, row, at)

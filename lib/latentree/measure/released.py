@@ -1,7 +1,4 @@
-"""The release's measurement of the Hydra effect: a logit lens without the final norm.
-
-What it does not measure is compensation (`as_released`). The field's definitions are in hydra.py.
-"""
+"""The release's Hydra effect, a logit lens without the final norm; the field's is in hydra.py."""
 
 import pandas as pd
 import torch
