@@ -1,4 +1,4 @@
-"""Small grammars for the tests: one recursive, one with shared tokens, and random ones for hypothesis."""
+"""Small grammars for the tests: one finite, one recursive, and random ones for hypothesis."""
 
 from hypothesis import strategies as st
 from latentree.data.grammar import Grammar
@@ -31,33 +31,19 @@ def make(sentence=CLAUSES, **fields):
 
 @st.composite
 def sentence_grammars(draw):
-    """Random finite sentence grammars over the roles a, b, c with two or three levels of nonterminals."""
-
-    def weights(n):
-        raw = [draw(st.integers(1, 9)) for _ in range(n)]
-        return [w / sum(raw) for w in raw]
-
-    def rule(left, below):
-        symbols = [*below, "'a'", "'b'", "'c'"]
-        sides = [
-            " ".join(draw(st.lists(st.sampled_from(symbols), min_size=1, max_size=3)))
-            for _ in range(draw(st.integers(1, 3)))
-        ]
-        return f"{left} -> " + " | ".join(
-            f"{side} [{p:.6f}]" for side, p in zip(sides, weights(len(sides)))
-        )
-
-    middle = rule("M", [])
-    return f"S -> M 'a' [0.3] | 'b' M 'c' [0.3] | M M [0.4]\n{middle}"
+    """Random finite sentence grammars over the roles a, b, c, all of which are used."""
+    symbols = st.lists(st.sampled_from(["'a'", "'b'", "'c'"]), min_size=1, max_size=3)
+    sides = draw(st.lists(symbols, min_size=1, max_size=3))
+    weights = [draw(st.integers(1, 9)) for _ in sides]
+    rules = []
+    for side, weight in zip(sides, weights):
+        rules.append(f"{' '.join(side)} [{weight / sum(weights):.6f}]")
+    return f"S -> M 'a' [0.3] | 'b' M 'c' [0.3] | M M [0.4]\nM -> {' | '.join(rules)}"
 
 
-def random_grammar(sentence, binding, redraw):
+def random_grammar(sentence, binding=0.0, redraw=None):
     """A Grammar for a sentence grammar over a, b, c."""
     roles = {"a": {"size": 3, "zipf": 1.0}, "b": {"size": 4, "zipf": 0.5}, "c": {"size": 2}}
-    return make(
-        sentence,
-        roles=roles,
-        binding=binding,
-        habits={"b": "a", "c": "b"} if binding else {},
-        redraw=redraw,
-    )
+    habits = {"b": "a", "c": "b"} if binding else {}
+    redraw = redraw or {"document": 1.0}
+    return make(sentence, roles=roles, binding=binding, habits=habits, redraw=redraw)

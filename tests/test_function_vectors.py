@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from latentree.data.corpus import load_corpus
 from latentree.data.ngrams import HashedTables
 from latentree.data.sampler import GrammarProcess
-from latentree.exact.bayes import posterior_frequencies
+from latentree.exact.reader import posterior_frequencies
 from latentree.exact.predictors import predictive
 from latentree.inside.names import Internals
 from latentree.measure import function_vectors as fv

@@ -1,13 +1,15 @@
-"""The exact predictors against brute-force enumeration, and the counts predictor against a hand calculation."""
+"""Exact losses and informations against brute force, nltk-free; the counts predictor against a hand calculation."""
 
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
 from grammars import RECURSIVE, make
+from latentree.data.corpus import HELD_OUT, load_corpus
 from latentree.data.sampler import GrammarProcess
-from latentree.exact.ceilings import expected, syntax_entropy
+from latentree.exact.ceilings import expected, in_sentence
+from latentree.exact.information import estimated, exact, exact_chain
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import (
     counts_losses,
@@ -20,41 +22,32 @@ from latentree.exact.predictors import (
 ORDERS = """
 Sentence -> 'noun' 'verb' [0.3] | 'verb' 'noun' [0.3] | 'and' 'verb' 'noun' [0.2] | 'verb' 'and' 'noun' [0.2]
 """
+VERB_FIRST = "Sentence -> 'verb' 'noun' 'and' [1.0]"
 
 
 def brute_force(grammar, documents, unit):
     """Probability of every sentence (tuple of tokens) under the latents of one unit, by enumerating all ranks."""
-    table = {}
+    table, binding = {}, grammar.file.binding
     for shape in grammar.shapes:
         numbers = [grammar.roles.index(role) for role in shape.roles]
         for ranks in product(*(range(grammar.sizes[r]) for r in numbers)):
-            p = shape.probability
-            for place, (r, rank) in enumerate(zip(numbers, ranks)):
-                law, parent = grammar.frequencies[r], shape.binds_to[place]
-                if parent < 0:
-                    p *= law[rank]
-                else:
-                    called = int(documents.habits[shape.roles[place]][unit, ranks[parent]])
-                    p *= (
-                        grammar.file.binding * (called == rank)
-                        + (1 - grammar.file.binding) * law[rank]
-                    )
-            rows = [documents.maps[role] for role in shape.roles]
-            words = tuple(int(m[unit if len(m) > 1 else 0, rank]) for m, rank in zip(rows, ranks))
-            table[words] = table.get(words, 0) + p
+            p, words = shape.probability, []
+            for role, r, rank, parent in zip(shape.roles, numbers, ranks, shape.binds_to):
+                chance = grammar.frequencies[r][rank]
+                if parent >= 0:
+                    called = documents.habits[role][unit, ranks[parent]]
+                    chance = binding * float(called == rank) + (1 - binding) * chance
+                p *= chance
+                words.append(int(documents.maps[role][unit, rank]))
+            table[tuple(words)] = table.get(tuple(words), 0) + p
     return table
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.5])
-@pytest.mark.parametrize(
-    "habits", [{}, {"verb": "noun"}, {"verb": "noun", "and": "verb"}, {"noun": "verb"}]
-)
-def test_latent_aware_predictive_equals_enumeration(shared, habits):
-    grammar = make(ORDERS, shared=shared, binding=0.7 if habits else 0.0, habits=habits)
+@pytest.mark.parametrize("habits", [{}, {"verb": "noun", "and": "verb"}, {"noun": "verb"}])
+def test_latent_aware_predictive_equals_enumeration(habits):
+    grammar = make(ORDERS, binding=0.7 if habits else 0.0, habits=habits)
     documents = GrammarProcess(grammar, 1).documents(range(3))
     q = predictive(grammar, documents)
-    assert torch.allclose(q.sum(1), torch.ones(len(q), dtype=torch.float64))
-    table, prefix = None, ()
     for i, token in enumerate(documents.tokens.tolist()):
         if documents.token["place"][i] == 0:
             table, prefix = brute_force(grammar, documents, int(documents.token["unit"][i])), ()
@@ -64,97 +57,145 @@ def test_latent_aware_predictive_equals_enumeration(shared, habits):
                 mass[words[len(prefix)]] += p
         assert np.allclose(q[i], mass / mass.sum(), atol=1e-12)
         prefix = (*prefix, token)
-    assert torch.allclose(
-        token_losses(grammar, documents), -q.gather(1, documents.tokens[:, None])[:, 0].log()
-    )
+    of_token = q.gather(1, documents.tokens[:, None])[:, 0]
+    assert torch.allclose(token_losses(grammar, documents), -of_token.log())
 
 
-def test_expected_latent_aware_loss_equals_enumeration_over_habits():
-    """A verb before its noun: its marginal, averaged over all 4**3 habits, and the noun's by Bayes."""
-    roles = {"noun": {"size": 3, "zipf": 1.0}, "verb": {"size": 4, "zipf": 0.5}, "and": {"size": 2}}
-    grammar = make(
-        "Sentence -> 'verb' 'noun' 'and' [1.0]", roles=roles, binding=0.7, habits={"verb": "noun"}
-    )
-    law_n, law_v = grammar.frequencies[:2]
-    entropies = np.zeros(2)
-    for habit in product(range(4), repeat=3):
-        joint = np.array(
-            [
-                [law_n[n] * (0.7 * (habit[n] == v) + 0.3 * law_v[v]) for n in range(3)]
-                for v in range(4)
-            ]
-        )
-        marginal = joint.sum(1)
-        h_v = -(marginal * np.log(marginal)).sum()
-        entropies += np.prod(law_v[list(habit)]) * np.array(
-            [h_v, -(joint * np.log(joint)).sum() - h_v]
-        )
-    table = expected(grammar).set_index("role")["latent_aware"]
-    assert table["verb"] == pytest.approx(entropies[0]) and table["noun"] == pytest.approx(
-        entropies[1]
-    )
-    assert table["all"] == pytest.approx((entropies.sum() + np.log(2)) / 4)
+def test_latents_that_are_not_trusted_are_not_used():
+    """With no trust in maps a word is any of its role, with none in habits it is as without binding."""
+    grammar = make(ORDERS, binding=0.7, habits={"verb": "noun"})
+    documents = GrammarProcess(grammar).documents(range(5))
+    nowhere = predictive(grammar, documents, trust={role: (0.0, 0.0) for role in grammar.roles})
+    assert torch.allclose(nowhere, predictive(grammar, documents, latent_aware=False))
+    free = make(ORDERS, binding=0.0, habits={"verb": "noun"})
+    no_habits = predictive(grammar, documents, trust={"verb": (1.0, 0.0)})
+    assert torch.allclose(no_habits, predictive(free, documents))
 
 
-def test_ceilings_are_ordered_and_total_is_exact_where_roles_are_not():
-    roles = {
-        "noun": {"size": 20, "zipf": 1.0},
-        "verb": {"size": 20, "zipf": 0.5},
-        "and": {"size": 2},
-    }
-    grammar = make(
-        "Sentence -> 'verb' 'noun' 'and' [1.0]", roles=roles, binding=0.7, habits={"verb": "noun"}
-    )
-    table = expected(grammar).set_index("role")
-    assert (
-        np.isnan(table.latent_aware["verb"])
-        and table.latent_aware["all"] < table.syntax_only["all"]
-    )
-    documents = GrammarProcess(grammar).documents(range(1500))
-    assert float(token_losses(grammar, documents).mean()) == pytest.approx(
-        table.latent_aware["all"], abs=0.02
-    )
-
-
-def test_syntax_only_with_shared_tokens_equals_the_parser():
-    """Each token's probability from the prefix parser, with the roles it could serve as weights."""
-    grammar = make(ORDERS, shared=0.5)
-    documents = GrammarProcess(grammar).documents(range(200))
-    losses = token_losses(grammar, documents, latent_aware=False)
-    whole = predictive(grammar, GrammarProcess(grammar).documents(range(12)), latent_aware=False)
-    parser, prefix = PrefixParser(grammar), []
-    for i, token in enumerate(documents.tokens[:60].tolist()):
-        p = parser.next_tokens(prefix)
-        assert np.allclose(p, whole[i])
-        assert -np.log(p[token]) == pytest.approx(float(losses[i]))
-        prefix = [] if token == grammar.end else [*prefix, token]
-    assert float(losses.mean()) == pytest.approx(expected(grammar).syntax_only.iloc[-1], abs=0.05)
+def test_syntax_only_equals_the_parser():
+    """Each token's probability is its role's, by the prefix parser, shared by the role's words."""
+    grammar = make(ORDERS, binding=0.7, habits={"verb": "noun"})
+    documents = GrammarProcess(grammar).documents(range(20))
+    found = predictive(grammar, documents, latent_aware=False)
+    parser, prefix = PrefixParser(grammar), ()
+    for p, place, role in zip(found, documents.token["place"], documents.token["role"]):
+        prefix = prefix[: int(place)]
+        of_role = parser.next_roles(prefix) / grammar.sizes
+        assert np.allclose(p, of_role[grammar.role_of])
+        prefix = (*prefix, grammar.roles[int(role)])
 
 
 def test_recursive_losses_factor_into_roles_and_words():
     grammar = make(RECURSIVE)
     documents = GrammarProcess(grammar).documents(range(20))
-    words = -torch.tensor(
-        [
-            np.log(grammar.frequencies[r][rank])
-            for r, rank in zip(documents.token["role"].tolist(), documents.token["rank"].tolist())
-        ]
-    )
-    assert torch.allclose(token_losses(grammar, documents), role_losses(grammar, documents) + words)
-    with pytest.raises(ValueError, match="set shared to 0"):
-        shared = make(RECURSIVE, shared=0.5)
-        token_losses(shared, GrammarProcess(shared).documents([0]))
+    words = []
+    for role, rank in zip(documents.token["role"], documents.token["rank"]):
+        words.append(-np.log(grammar.frequencies[role][rank]))
+    wanted = role_losses(grammar, documents) + torch.tensor(words)
+    assert torch.allclose(token_losses(grammar, documents), wanted)
 
 
-def test_syntax_entropy_of_a_recursive_grammar():
-    """Every string has one derivation, so the entropy of derivations is the expected loss of the best syntax predictor."""
-    grammar = make("Sentence -> 'noun' 'verb' [0.6] | 'and' Sentence [0.4]")
-    documents = GrammarProcess(grammar).documents(range(3000))
-    per_sentence = float(role_losses(grammar, documents).sum()) / int(
-        (documents.tokens == grammar.end).sum()
+# ---------------------------------------------------------------------- expected losses
+
+
+@pytest.mark.parametrize("name", ["bound", "bound-flat", "released-small"])
+def test_losses_of_sampled_documents_are_the_expected_ones(name):
+    corpus, count = load_corpus(name), 600
+    documents = corpus.documents(corpus.apart(HELD_OUT, count))
+    document = documents.token["document"]
+    for column in ("latent_aware", "syntax_only"):
+        losses = token_losses(corpus.grammar, documents, column == "latent_aware")
+        table = expected(corpus.grammar).set_index("role")[column]
+        for r, role in enumerate((*corpus.grammar.roles, "all")):
+            here = (documents.token["role"] == r) | torch.tensor(role == "all")
+            sums = torch.zeros(count, dtype=torch.float64)
+            sums.index_add_(0, document[here], losses[here] - table[role])
+            lengths = torch.bincount(document[here], minlength=count).double()
+            error = float(sums.std() / lengths.mean() / count**0.5)  # of a ratio of sums
+            assert abs(float(sums.mean() / lengths.mean())) < max(3.5 * error, 1e-9)
+
+
+def test_expected_latent_aware_loss_equals_enumeration_over_habits():
+    """A verb before its noun: its marginal, averaged over all 4**3 habits, and the noun's by Bayes."""
+    roles = {"noun": {"size": 3, "zipf": 1.0}, "verb": {"size": 4, "zipf": 0.5}, "and": {"size": 2}}
+    grammar = make(VERB_FIRST, roles=roles, binding=0.7, habits={"verb": "noun"})
+    nouns, verbs = grammar.frequencies[:2]
+    entropies = np.zeros(2)
+    for habit in product(range(4), repeat=3):
+        called = np.eye(4)[list(habit)]  # (noun, verb)
+        joint = nouns[:, None] * (0.7 * called + 0.3 * verbs)
+        marginal = joint.sum(0)
+        of_verb = -(marginal * np.log(marginal)).sum()
+        of_noun = -(joint * np.log(joint)).sum() - of_verb
+        entropies += np.prod(verbs[list(habit)]) * np.array([of_verb, of_noun])
+    table = expected(grammar).set_index("role")["latent_aware"]
+    assert table[["verb", "noun"]].tolist() == pytest.approx(entropies.tolist())
+    assert table["all"] == pytest.approx((entropies.sum() + np.log(2)) / 4)
+
+
+def test_the_total_is_exact_where_roles_are_not():
+    roles = {"noun": {"size": 20, "zipf": 1.0}, "verb": {"size": 20, "zipf": 0.5}}
+    grammar = make(
+        VERB_FIRST, roles=roles | {"and": {"size": 2}}, binding=0.7, habits={"verb": "noun"}
     )
-    assert syntax_entropy(grammar) == pytest.approx(-(0.6 * np.log(0.6) + 0.4 * np.log(0.4)) / 0.6)
-    assert per_sentence == pytest.approx(syntax_entropy(grammar), rel=0.03)
+    table = expected(grammar).set_index("role")
+    assert np.isnan(table.latent_aware["verb"])
+    losses = token_losses(grammar, GrammarProcess(grammar).documents(range(1500)))
+    assert float(losses.mean()) == pytest.approx(table.latent_aware["all"], abs=0.02)
+
+
+@pytest.mark.parametrize("zipf", [1.0, 0.0])
+def test_in_sentence_loss_is_the_floor_of_a_flat_corpus(zipf):
+    """Against brute force: every latent of a two-word grammar enumerated, one sentence of two clauses."""
+    sentence = "Sentence -> Clause Clause [1.0]\nClause -> 'noun' 'verb' [1.0]"
+    roles = {"noun": {"size": 2, "zipf": zipf}, "verb": {"size": 2, "zipf": 0.5}}
+    flat = {"redraw": {"sentence": 1.0}}
+    grammar = make(sentence, roles=roles, binding=0.8, habits={"verb": "noun"}, **flat)
+    nouns, verbs = grammar.frequencies[:2]
+    maps = list(permutations(range(2)))
+    mass = np.zeros((2, 2, 2, 2))
+    for noun_map, verb_map, habit in product(maps, maps, product(range(2), repeat=2)):
+        latent = 0.25 * verbs[habit[0]] * verbs[habit[1]]
+        for n1, v1, n2, v2 in product(range(2), repeat=4):
+            p = latent * nouns[n1] * nouns[n2]
+            for noun, verb in ((n1, v1), (n2, v2)):
+                p *= 0.8 * (habit[noun] == verb) + 0.2 * verbs[verb]
+            mass[noun_map[n1], verb_map[v1], noun_map[n2], verb_map[v2]] += p
+    entropy = -(mass * np.log(mass)).sum()
+    assert mass.sum() == pytest.approx(1)
+    assert in_sentence(grammar) == pytest.approx(entropy / grammar.mean_length, abs=1e-12)
+
+
+def test_expected_losses_of_a_recursive_grammar_are_refused():
+    for exact_value in (expected, in_sentence):
+        with pytest.raises(ValueError, match="recursive, or too many"):
+            exact_value(make(RECURSIVE))
+
+
+# ---------------------------------------------------------------------- mutual information
+
+
+@pytest.mark.parametrize("name", ["bound", "bound-flat", "bound-order3"])
+def test_mutual_information_is_exact(name):
+    corpus, distances = load_corpus(name), [1, 2, 4, 9, 30]
+    documents = corpus.documents(range(6000))
+    for words in (True, False):
+        labels = np.arange(41) if words else load_corpus("bound").grammar.role_of
+        if corpus.grammar is None:  # a stationary chain has no document ends
+            formula, tolerance = exact_chain(corpus, distances, labels), 0.01
+        else:
+            formula, tolerance = exact(corpus.grammar, distances, words), 0.006
+        assert np.allclose(estimated(documents, distances, labels), formula, atol=tolerance)
+
+
+def test_information_that_has_no_formula_is_refused():
+    with pytest.raises(ValueError, match="needs redraw {document: 1.0}"):
+        exact(make(redraw={"document": 0.5}), [1])
+    with pytest.raises(ValueError, match="documents are shorter"):
+        exact(make(), [500])
+
+
+# ---------------------------------------------------------------------- in-context counts
 
 
 def test_counts_predictor_by_hand():
@@ -167,18 +208,10 @@ def test_counts_predictor_by_hand():
     }
     a, b = 0.5, 2.0
     losses = counts_losses(windows, [4], (a, b), torch.zeros(1, 6))
-
-    def p(pairs, follows, word, role):
-        return (pairs + a * (word + b / 4) / (role + b)) / (follows + a)
-
-    by_hand = [
-        p(0, 0, 0, 0),
-        p(0, 0, 0, 1),
-        p(0, 0, 1, 2),
-        p(1, 1, 1, 3),
-        p(0, 0, 0, 0),
-        p(0, 0, 0, 1),
-    ]
-    assert torch.allclose(losses[0], -torch.tensor(by_hand).log(), atol=1e-6)
-    best = fit_smoothing(windows, [4])
-    assert all(value > 0 for value in best)
+    pairs = np.array([0, 0, 0, 1, 0, 0])  # seen before: this word after that one,
+    follows = np.array([0, 0, 0, 1, 0, 0])  # any word after that one,
+    word = np.array([0, 0, 1, 1, 0, 0])  # this word,
+    role = np.array([0, 1, 2, 3, 0, 1])  # any word of the role
+    by_hand = (pairs + a * (word + b / 4) / (role + b)) / (follows + a)
+    assert np.allclose(losses[0], -np.log(by_hand), atol=1e-6)
+    assert all(value > 0 for value in fit_smoothing(windows, [4]))

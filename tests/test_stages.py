@@ -1,6 +1,5 @@
 """Legal mass, levels and the ideal reader against enumeration; as oracles, exact predictors recover what they know."""
 
-from dataclasses import replace
 from itertools import combinations, permutations, product
 from types import SimpleNamespace
 
@@ -13,8 +12,7 @@ from latentree.data.corpus import HELD_OUT, held_out, load_corpus
 from latentree.data.sampler import GrammarProcess
 from latentree.evidence.curves import Curve, curves
 from latentree.exact.parser import PrefixParser
-from latentree.exact.predictors import counts_losses, predictive, role_losses, token_losses
-from latentree.exact.reader import reader_losses
+from latentree.exact.predictors import predictive, token_losses
 from latentree.measure.legal import followers, legal_mass, masses, next_roles
 from latentree.measure.stages import (
     _known_to,
@@ -104,7 +102,10 @@ def test_the_exact_predictors_mass_is_all_legal_in_a_recursive_grammar():
         for at in range(20):
             if tokens[row, at] == grammar.end:
                 begin = at + 1
-            p[row, at] = torch.tensor(parser.next_tokens(tokens[row, begin : at + 1].tolist()))
+            seen = tokens[row, begin : at + 1].tolist()
+            prefix = tuple(grammar.roles[r] for r in grammar.role_of[seen])
+            of_role = parser.next_roles(prefix) / grammar.sizes
+            p[row, at] = torch.tensor(of_role[grammar.role_of])
     assert torch.allclose(legal_mass(p.log(), state, legal), torch.ones(6, 20).double())
     uniform = torch.full_like(p, 1 / p.shape[-1]).log()
     assert torch.allclose(legal_mass(uniform, state, legal), (p > 0).double().mean(-1))
@@ -296,83 +297,3 @@ def test_a_sweep_of_losses_gives_the_shares_of_its_models():
     expected = shares(loss_parts(process.grammar, log_p[:, :-1], rows), parts)
     for level, curve in found.items():
         assert curve.values == pytest.approx(expected[level].value)
-
-
-# ---------------------------------------------------------------------- ideal reader
-
-
-def windows_with_role_losses(process, sequences, context):
-    def annotate(documents):
-        return {"role_loss": role_losses(process.grammar, documents)}
-
-    return held_out(process, sequences, context, annotate=annotate)
-
-
-@pytest.mark.parametrize(
-    "binding, habits",
-    [(0.0, {}), (0.7, {"verb": "noun", "and": "verb"}), (0.9, {"noun": "verb"})],
-)
-def test_the_reader_equals_enumeration_of_all_latents(binding, habits):
-    roles = SMALL | ({"verb": {"size": 2, "zipf": 1.0}} if len(habits) > 1 else {})
-    grammar = make(INVERTED, roles=roles, binding=binding, habits=habits)
-    process = GrammarProcess(grammar, 5)
-    rows = windows_with_role_losses(process, 3, 12)
-    found = reader_losses(process, rows, rows["role_loss"])
-    documents = process.documents(HELD_OUT + torch.arange(6))
-    maps, called, prior = all_latents(grammar, habits, documents.maps["end"])
-    for row in range(3):
-        for at in range(12):
-            if at == 0 or rows["unit"][row, at] != rows["unit"][row, at - 1]:
-                known = prior
-                here = documents.token["document"] == rows["unit"][row, at]
-                token = {
-                    name: part[here].repeat(len(prior)) for name, part in documents.token.items()
-                }
-                token["unit"] = torch.arange(len(prior)).repeat_interleave(int(here.sum()))
-                given_all = replace(documents, token=token, maps=maps, habits=called)
-                p = token_losses(grammar, given_all).neg().exp().nan_to_num(0.0)
-                p = p.view(len(prior), -1).numpy()
-            now = p[:, int(rows["position"][row, at])]
-            loss = -np.log((known * now).sum() / known.sum())
-            assert found[row, at] == pytest.approx(loss, abs=1e-9)
-            known = known * now
-
-
-def all_latents(grammar, habits, end):
-    """Every map of every role with every habit: maps and habits as in documents, and their probability."""
-    laws = dict(zip(grammar.roles, grammar.frequencies))
-    tables = [permutations(words.tolist()) for words in grammar.words[:-1]]
-    for child, parent in habits.items():
-        tables.append(product(range(len(laws[child])), repeat=len(laws[parent])))
-    together = list(product(*tables))
-    prior = np.ones(len(together))
-    columns = dict(
-        zip([*grammar.roles[:-1], *(f"habit of {child}" for child in habits)], zip(*together))
-    )
-    maps = {role: torch.tensor(columns[role]) for role in grammar.roles[:-1]} | {"end": end[:1]}
-    called = {child: torch.tensor(columns[f"habit of {child}"]) for child in habits}
-    for child, drawn in called.items():
-        prior *= laws[child][drawn.numpy()].prod(1)
-    return maps, called, prior / prior.sum()
-
-
-def test_the_reader_by_sampled_maps_comes_close_and_none_does_better():
-    process = load_corpus("bound")
-    rows = windows_with_role_losses(process, 24, 96)
-    one = reader_losses(process, rows, rows["role_loss"], maps=512, seed=0)
-    other = reader_losses(process, rows, rows["role_loss"], maps=512, seed=1)
-    assert abs((one - other).mean()) < 0.002 and (one - other).abs().max() < 0.3
-    counts = counts_losses(rows, process.grammar.sizes, (1.0, 20.0), rows["role_loss"])
-    aware = held_out(
-        process, 24, 96, annotate=lambda d: {"aware": token_losses(process.grammar, d)}
-    )["aware"]
-    assert aware.mean() < one.mean() < counts.mean() - 0.05
-    by_sentence = rows | {"unit": (rows["place"] == 0).cumsum(1)}
-    forgets = reader_losses(process, by_sentence, rows["role_loss"], maps=128)
-    assert forgets.mean() > one.mean() + 0.1 and torch.allclose(forgets[:, 0], one[:, 0])
-
-
-def test_latents_that_the_reader_does_not_know_are_refused():
-    for redraw in ({"document": 0.5}, {"document": 1.0, "section": 0.3}):
-        with pytest.raises(ValueError, match="choose such a grammar"):
-            reader_losses(GrammarProcess(make(redraw=redraw)), {}, torch.zeros(1, 1))

@@ -8,15 +8,32 @@ place where it stands turns into a token.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import nltk
 import numpy as np
 
-from latentree.data.files import read_yaml
-from latentree.data.grammar_file import LEVELS, GrammarFile, Role, checked
+from latentree.data.grammar_file import END, GrammarFile, Role, checked
 
-END = "end"  # the role that closes every sentence: one token, the last of the vocabulary
 SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
+
+
+class Production(NamedTuple):
+    """One way to rewrite the nonterminal number `left`: into nonterminals (numbers) and roles (names)."""
+
+    left: int
+    right: tuple
+    probability: float
+
+    @property
+    def nonterminals(self):
+        """The nonterminals on the right, in order."""
+        return [symbol for symbol in self.right if not isinstance(symbol, str)]
+
+    @property
+    def roles(self):
+        """The roles on the right, in order."""
+        return [symbol for symbol in self.right if isinstance(symbol, str)]
 
 
 @dataclass(frozen=True)
@@ -30,161 +47,77 @@ class Shape:
 
 
 class Grammar:
-    """A checked grammar and its exact quantities. Raises ValueError for any grammar that cannot be sampled.
+    """A checked grammar and its exact quantities. Raises ValueError for one that cannot be sampled.
 
-    Attributes: `roles` (names, `end` last), `sizes` and `frequencies` per role, `words[role]` (size,) the token of each
-    rank under the identity map, `productions` as (left, right, probability) with integers for nonterminals and role
-    names for terminals, `vocabulary_size`, `end` (a token id).
+    - file: the fields of its file; name; roles: their names, `end` last.
+    - sizes (roles,), frequencies[role] (size,) by rank, and words[role] (size,), the token of each rank before any
+      map: here and below roles go by number. role_of (vocabulary,) is each token's role.
+    - vocabulary_size, and end, its last token.
+    - nonterminals: their names, the start symbol first; productions: all Productions.
     """
 
     def __init__(self, content):
-        file = checked(GrammarFile, content, content.get("name", "without a name"))
-        self.file, self.name = file, file.name
-        if END in file.roles:
-            raise ValueError(
-                f"grammar {self.name}: role '{END}' is added to every sentence; remove it from roles"
-            )
-        self.roles = (*file.roles, END)
-        self.role_specs = (*file.roles.values(), Role(size=1))
+        self.file = checked(GrammarFile, content, content.get("name", "without a name"))
+        self.name = self.file.name
+        self.roles = (*self.file.roles, END)
+        self.role_specs = (*self.file.roles.values(), Role(size=1))
         self.sizes = np.array([role.size for role in self.role_specs])
         self.frequencies = [role.frequencies for role in self.role_specs]
-        self._check_latents()
-        self._lay_out_vocabulary()
-        self._read_sentence_grammar()
+        self.role_of = np.arange(len(self.roles)).repeat(self.sizes)
+        self.words = np.split(np.arange(self.sizes.sum()), self.sizes.cumsum()[:-1])
+        self.vocabulary_size = int(self.sizes.sum())
+        self.end = self.vocabulary_size - 1
+        self.nonterminals, self.productions = self._read_sentence_grammar()
+        self._check_expected_length()
+        for role, count in zip(self.roles, self.role_counts):
+            if count == 0:
+                raise self._fault(f"role {role!r} is in no sentence; use it or remove it")
 
-    @classmethod
-    def load(cls, path):
-        """Grammar from a YAML file."""
-        return cls(read_yaml(path))
-
-    # ------------------------------------------------------------------ checks
-
-    def _check_latents(self):
-        file = self.file
-        for level, fraction in file.redraw.items():
-            if level not in LEVELS:
-                raise ValueError(
-                    f"grammar {self.name}: redraw level {level!r} is unknown; levels: {', '.join(LEVELS)}"
-                )
-            if not 0 <= fraction <= 1:
-                raise ValueError(
-                    f"grammar {self.name}: redraw.{level} is {fraction}; it is a share, write a number in 0..1"
-                )
-        for child, parent in file.habits.items():
-            for role in (child, parent):
-                if role not in file.roles:
-                    raise ValueError(
-                        f"grammar {self.name}: habits name role {role!r}; roles: {', '.join(file.roles)}"
-                    )
-            seen, ancestor = {child}, parent
-            while ancestor is not None:
-                if ancestor in seen:
-                    raise ValueError(
-                        f"grammar {self.name}: habits of {child!r} lead back to {ancestor!r}; remove one of them"
-                    )
-                seen.add(ancestor)
-                ancestor = file.habits.get(ancestor)
-        if file.binding > 0 and not file.habits:
-            raise ValueError(
-                f"grammar {self.name}: binding is {file.binding} but no habits say who follows whom; "
-                "add 'habits: {verb: subject}' or set binding to 0"
-            )
-
-    def _lay_out_vocabulary(self):
-        """Each role's own tokens in the order of the file, then the shared pool, then the end token."""
-        open_roles = [r for r, role in enumerate(self.role_specs) if role.has_map]
-        pool = round(self.file.shared * min((self.sizes[r] for r in open_roles), default=0))
-        if self.file.shared > 0 and (len(open_roles) < 2 or pool == 0):
-            raise ValueError(
-                f"grammar {self.name}: shared is {self.file.shared} but no token can serve two roles; "
-                "give two roles a Zipf exponent above 0 and enough words, or set shared to 0"
-            )
-        own = [size - (pool if r in open_roles else 0) for r, size in enumerate(self.sizes[:-1])]
-        starts = np.concatenate([[0], np.cumsum(own)])
-        shared = np.arange(starts[-1], starts[-1] + pool)
-        self.words = [
-            np.concatenate([np.arange(start, start + n), shared if r in open_roles else []]).astype(
-                int
-            )
-            for r, (start, n) in enumerate(zip(starts, own))
-        ]
-        self.end = int(starts[-1] + pool)
-        self.words.append(np.array([self.end]))
-        self.vocabulary_size = self.end + 1
+    def _fault(self, told):
+        return ValueError(f"grammar {self.name}: {told}")
 
     def _read_sentence_grammar(self):
         try:
             pcfg = nltk.PCFG.fromstring(self.file.sentence)
         except ValueError as error:
-            raise ValueError(
-                f"grammar {self.name}: sentence is not a PCFG: {str(error).splitlines()[0]}; "
+            raise self._fault(
+                f"sentence is not a PCFG: {str(error).splitlines()[0]}; "
                 "write lines like S -> A 'role' [0.5] | B [0.5]"
             ) from None
-        self.nonterminals = list(
-            dict.fromkeys([pcfg.start(), *(rule.lhs() for rule in pcfg.productions())])
-        )
-        index = {symbol: i for i, symbol in enumerate(self.nonterminals)}
-        totals = np.zeros(len(index))
+        symbols = dict.fromkeys([pcfg.start(), *(rule.lhs() for rule in pcfg.productions())])
+        number = {symbol: i for i, symbol in enumerate(symbols)}
+        known = {role: role for role in self.file.roles} | number
+        totals = np.zeros(len(number))
         for rule in pcfg.productions():
-            totals[index[rule.lhs()]] += rule.prob()
-            if not rule.rhs():
-                raise ValueError(
-                    f"grammar {self.name}: '{rule}' is empty; write the sentence grammar without empty productions"
-                )
-            if rule.prob() <= 0:
-                raise ValueError(f"grammar {self.name}: '{rule}' has probability 0; remove it")
+            totals[number[rule.lhs()]] += rule.prob()
+            if not rule.rhs() or rule.prob() <= 0:
+                raise self._fault(f"'{rule}' yields nothing or has probability 0; remove it")
             for symbol in rule.rhs():
-                if isinstance(symbol, str) and (symbol not in self.roles or symbol == END):
-                    raise ValueError(
-                        f"grammar {self.name}: '{rule}' uses role '{symbol}'; roles: {', '.join(self.file.roles)}"
+                if symbol not in known:
+                    raise self._fault(
+                        f"'{rule}' uses {symbol!r}, which is neither a role "
+                        f"({', '.join(self.file.roles)}) nor a symbol with a production"
                     )
-                if not isinstance(symbol, str) and symbol not in index:
-                    raise ValueError(
-                        f"grammar {self.name}: '{rule}' uses {symbol}, which has no production; add one"
-                    )
-        # nltk accepts sums within 0.01 of 1 (decimals of 1/3): here they are made exact.
-        self.productions = [
-            (
-                index[rule.lhs()],
-                tuple(s if isinstance(s, str) else index[s] for s in rule.rhs()),
-                rule.prob() / totals[index[rule.lhs()]],
+        productions = []
+        for rule in pcfg.productions():
+            left = number[rule.lhs()]
+            # nltk accepts sums within 0.01 of 1 (decimals of 1/3): here they are made exact.
+            share = rule.prob() / totals[left]
+            productions.append(
+                Production(left, tuple(known[symbol] for symbol in rule.rhs()), share)
             )
-            for rule in pcfg.productions()
-        ]
-        self._check_expected_length()
-        used = {
-            symbol
-            for left, right, _ in self.productions
-            for symbol in right
-            if isinstance(symbol, str)
-        }
-        for role in self.file.roles:
-            if role not in used:
-                raise ValueError(
-                    f"grammar {self.name}: role '{role}' appears in no production; use it or remove it"
-                )
+        return list(number), productions
 
     def _check_expected_length(self):
-        """Refuse unreachable symbols and sentences of infinite expected length."""
-        offspring = self._offspring
-        reached, frontier = {0}, [0]
-        while frontier:
-            for symbol in np.flatnonzero(offspring[frontier.pop()]):
-                if symbol not in reached:
-                    reached.add(symbol)
-                    frontier.append(symbol)
-        for i, symbol in enumerate(self.nonterminals):
-            if i not in reached:
-                raise ValueError(
-                    f"grammar {self.name}: {symbol} is never reached from {self.nonterminals[0]}; remove it"
-                )
-        values, vectors = np.linalg.eig(offspring)
+        """Refuse sentences of infinite expected length: an expansion must yield less than one of its own kind."""
+        values, vectors = np.linalg.eig(self._offspring)
         worst = np.argmax(abs(values))
         if abs(values[worst]) >= 1 - 1e-9:
             culprit = self.nonterminals[int(np.argmax(abs(vectors[:, worst])))]
-            raise ValueError(
-                f"grammar {self.name}: the expected sentence length is infinite: {culprit} yields on average "
-                f"{abs(values[worst]):.3g} symbols of its own kind (must be below 1); lower its recursive productions"
+            raise self._fault(
+                f"the expected sentence length is infinite: {culprit} yields on average "
+                f"{abs(values[worst]):.3g} symbols of its own kind (must be below 1); "
+                "lower its recursive productions"
             )
 
     @property
@@ -207,20 +140,11 @@ class Grammar:
     @cached_property
     def _offspring(self):
         """Expected number of each nonterminal (column) in one expansion of each nonterminal (row)."""
-        matrix = np.zeros((len(self.nonterminals),) * 2)
-        for left, right, probability in self.productions:
-            for symbol in right:
-                if not isinstance(symbol, str):
-                    matrix[left, symbol] += probability
+        matrix = np.zeros((len(self.nonterminals), len(self.nonterminals)))
+        for production in self.productions:
+            for symbol in production.nonterminals:
+                matrix[production.left, symbol] += production.probability
         return matrix
-
-    @cached_property
-    def recursive(self):
-        """Whether some nonterminal can contain itself (its language is then infinite)."""
-        reach = np.linalg.matrix_power(
-            np.eye(len(self.nonterminals)) + (self._offspring > 0), len(self.nonterminals)
-        )
-        return bool(np.trace(((self._offspring > 0) @ (reach > 0)).astype(float)) > 0)
 
     @cached_property
     def visits(self):
@@ -230,98 +154,42 @@ class Grammar:
 
     @cached_property
     def role_counts(self):
-        """Expected number of tokens of each role in a sentence (the end token included), in the order of `roles`."""
+        """Expected number of tokens of each role in a sentence, the end token included."""
         counts = np.zeros(len(self.roles))
-        for left, right, probability in self.productions:
-            for symbol in right:
-                if isinstance(symbol, str):
-                    counts[self.roles.index(symbol)] += self.visits[left] * probability
+        for production in self.productions:
+            for role in production.roles:
+                expansions = self.visits[production.left] * production.probability
+                counts[self.roles.index(role)] += expansions
         counts[-1] = 1.0
         return counts
 
-    @cached_property
+    @property
     def role_frequencies(self):
         """Share of each role among tokens."""
         return self.role_counts / self.role_counts.sum()
 
-    @cached_property
-    def role_of(self):
-        """The role of each token (vocabulary,), the last one named for a shared token."""
-        table = np.zeros(self.vocabulary_size, dtype=int)
-        for r, words in enumerate(self.words):
-            table[words] = r
-        return table
-
-    @cached_property
+    @property
     def mean_length(self):
         """Expected tokens in a sentence, the end token included."""
         return float(self.role_counts.sum())
 
-    @cached_property
+    @property
     def mean_document_length(self):
         """Expected tokens in a document."""
         return self.mean_length * self.file.document.per_document("sentence")
 
-    def length_moments(self):
-        """Mean and variance of a sentence's length in tokens, exact, for recursive grammars too.
-
-        Second moments solve m2 = c + Offspring m2, where c collects each production's squares and products of means.
-        """
-        identity = np.eye(len(self.nonterminals))
-        own = np.zeros(len(self.nonterminals))
-        for left, right, probability in self.productions:
-            own[left] += probability * sum(isinstance(symbol, str) for symbol in right)
-        mean = np.linalg.solve(identity - self._offspring, own)
-        constant = np.zeros(len(own))
-        for left, right, probability in self.productions:
-            means = np.array([1.0 if isinstance(s, str) else mean[s] for s in right])
-            words = sum(isinstance(s, str) for s in right)
-            constant[left] += probability * (means.sum() ** 2 - (means**2).sum() + words)
-        second = np.linalg.solve(identity - self._offspring, constant)
-        return float(mean[0] + 1), float(second[0] - mean[0] ** 2)
-
-    def length_distribution(self, longest):
-        """P(a sentence has n tokens) for n = 0..longest, the end token included; exact, the tail beyond is left out.
-
-        Every symbol yields at least one token, so lengths are found in increasing order; productions of a single
-        nonterminal keep the length and are solved for together.
-        """
-        count = len(self.nonterminals)
-        table = np.zeros((count, longest + 1))
-        unit = np.zeros((count, count))
-        for left, right, probability in self.productions:
-            if len(right) == 1 and not isinstance(right[0], str):
-                unit[left, right[0]] += probability
-        word = np.eye(longest + 1)[1] if longest else np.zeros(1)
-        for n in range(1, longest):
-            fresh = np.zeros(count)
-            for left, right, probability in self.productions:
-                if len(right) == 1:
-                    fresh[left] += probability * (n == 1) * isinstance(right[0], str)
-                    continue
-                total = np.eye(longest + 1)[0]
-                for symbol in right:
-                    total = np.convolve(total, word if isinstance(symbol, str) else table[symbol])[
-                        : longest + 1
-                    ]
-                fresh[left] += probability * total[n]
-            table[:, n] = np.linalg.solve(np.eye(count) - unit, fresh)
-        return np.concatenate([[0], table[0]])[: longest + 1]
-
     @cached_property
     def shapes(self):
         """Every derivation as a Shape, most probable first; None for a recursive grammar or one with too many."""
-        if self.recursive:
+        contains = (self._offspring > 0).astype(float)
+        if np.linalg.matrix_power(contains, len(contains)).any():  # a symbol contains itself
             return None
-        derivations = []
+        shapes = []
         for choices, probability in self._expand((0,)):
-            derivations.append((choices, probability))
-            if len(derivations) > SHAPE_LIMIT:
+            shapes.append(self.shape(choices, probability))
+            if len(shapes) > SHAPE_LIMIT:
                 return None
-        return sorted(
-            (self.shape(choices, p) for choices, p in derivations),
-            key=lambda s: (-s.probability, s.roles),
-        )
+        return sorted(shapes, key=lambda shape: (-shape.probability, shape.roles))
 
     def _expand(self, symbols):
         """Yield (production choices in leftmost order, probability) for every way to expand `symbols`."""
@@ -330,10 +198,10 @@ class Grammar:
         if not symbols:
             yield (), 1.0
             return
-        for number, (left, right, probability) in enumerate(self.productions):
-            if left == symbols[0]:
-                for rest, p in self._expand(right + symbols[1:]):
-                    yield (number, *rest), probability * p
+        for number, production in enumerate(self.productions):
+            if production.left == symbols[0]:
+                for rest, probability in self._expand(production.right + symbols[1:]):
+                    yield (number, *rest), production.probability * probability
 
     def shape(self, choices, probability=None):
         """The Shape that a sequence of production choices (leftmost derivation) spells out.
@@ -343,25 +211,23 @@ class Grammar:
         choices = iter(choices)
         roles, binds_to = [], []
 
-        def grow(symbol):
-            left, right, _ = self.productions[next(choices)]
-            here, children = {}, []
-            for part in right:
-                if isinstance(part, str):
-                    here.setdefault(part, len(roles))
-                    children.append((part, len(roles)))
-                    roles.append(part)
-                    binds_to.append(-1)
-                else:
-                    children.append(grow(part))
+        def grow():
+            production = self.productions[next(choices)]
+            children, places, first_of = [], [], {}
+            for symbol in production.right:
+                if not isinstance(symbol, str):
+                    children.append(grow())
+                    continue
+                children.append(symbol)
+                places.append(len(roles))
+                first_of.setdefault(symbol, len(roles))
+                roles.append(symbol)
+                binds_to.append(-1)
             if self.file.binding > 0:
-                for child in children:
-                    if isinstance(child, tuple):
-                        binds_to[child[1]] = here.get(self.file.habits.get(child[0]), -1)
-            return nltk.Tree(
-                str(self.nonterminals[left]),
-                [c[0] if isinstance(c, tuple) else c for c in children],
-            )
+                for place in places:
+                    followed = self.file.habits.get(roles[place])
+                    binds_to[place] = first_of.get(followed, -1)
+            return nltk.Tree(str(self.nonterminals[production.left]), children)
 
-        tree = nltk.Tree("sentence", [grow(0), END])
+        tree = nltk.Tree("sentence", [grow(), END])
         return Shape((*roles, END), (*binds_to, -1), tree, probability)

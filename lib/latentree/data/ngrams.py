@@ -11,7 +11,8 @@ class HashedTables(Corpus):
 
     Each token draws an order from `orders` with weight i**-1.5 (i = 1, 2, ...), that many last tokens (fewer at the
     start of a document) are hashed to one of `tables`, and table j is a Zipf law over token index with exponent
-    max(Normal(2.0, 1.2), 1.2). A document has 10 + U{0..99} tokens and then the end token.
+    max(Normal(2.0, 1.2), 1.2): probabilities (tables, vocabulary - 1). A document has 10 + U{0..99} tokens and then
+    the end token.
     """
 
     orders = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -31,62 +32,44 @@ class HashedTables(Corpus):
         self.tables = tables
         self._key = counter.mix(torch.tensor(seed))
         generator = torch.Generator().manual_seed(seed)
-        exponent = (
-            torch.randn(tables, generator=generator, dtype=torch.float64)
-            .mul(1.2)
-            .add(2.0)
-            .clamp(min=1.2)
-        )
-        token = torch.arange(1, vocabulary_size, dtype=torch.float64)
-        self.probabilities = (token ** -exponent[:, None]) / (token ** -exponent[:, None]).sum(
-            1, keepdim=True
-        )
-        self.order_weights = torch.arange(1, len(self.orders) + 1, dtype=torch.float64) ** -1.5
-        self._limits, powers = {}, [1]
-        for _ in range(self.shortest + self.spread):
-            powers.append(
-                (powers[-1] * counter.GOLDEN + 2**63) % 2**64 - 2**63
-            )  # wrapped as tensors wrap
-        self._powers = torch.tensor(powers)
+        normal = torch.randn(tables, generator=generator, dtype=torch.float64)
+        exponent = (2.0 + 1.2 * normal).clamp(min=1.2)
+        weight = torch.arange(1, vocabulary_size, dtype=torch.float64) ** -exponent[:, None]
+        self.probabilities = weight / weight.sum(1, keepdim=True)
+        self._order_weights = torch.arange(1, len(self.orders) + 1, dtype=torch.float64) ** -1.5
+        offset = torch.arange(tables)[:, None] << counter.BITS
+        self._limits = {"cpu": (counter.thresholds(self.probabilities) + offset).flatten()}
+        self._powers = torch.ones(self.shortest + self.spread + 1, dtype=torch.int64)
+        self._powers[1:] = counter.GOLDEN
+        self._powers = self._powers.cumprod(0)  # which wraps, as the hash does
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._limits:
-            table = counter.thresholds(self.probabilities)
-            offset = torch.arange(self.tables)[:, None] << counter.BITS
-            self._limits[device] = (
-                (table + offset).flatten().to(device),
-                counter.thresholds(self.order_weights).to(device),
-            )
-        limits, order_limits = self._limits[device]
-        key = counter.subkey(self._key.to(device), ids)
-        length = self.shortest + (
-            counter.uniform(counter.subkey(key, 0)) * self.spread >> counter.BITS
-        )
+            self._limits[device] = self._limits["cpu"].to(device)
         longest = self.shortest + self.spread
-        order = torch.tensor(self.orders, device=device)[
-            counter.draw(
-                order_limits, counter.subkey(key[:, None], 1 + torch.arange(longest, device=device))
-            )
-        ]
-        draws = counter.uniform(
-            counter.subkey(key[:, None], 1 + longest + torch.arange(longest, device=device))
-        )
+        key = counter.subkey(self._key.to(device), ids)
+        drawn = counter.uniform(counter.subkey(key, 0))
+        length = self.shortest + (drawn * self.spread >> counter.BITS)
+        place = torch.arange(longest, device=device)
+        limits = counter.thresholds(self._order_weights).to(device)
+        number = counter.draw(limits, counter.subkey(key[:, None], 1 + place))
+        order = torch.tensor(self.orders, device=device)[number]
+        draws = counter.uniform(counter.subkey(key[:, None], 1 + longest + place))
+
         tokens = torch.full((len(ids), longest + 1), -1, device=device)
         prefix = torch.zeros(len(ids), longest + 1, dtype=torch.int64, device=device)
         for t in range(int(length.max())):
             table = self._table(prefix, t, order[:, t])
-            found = torch.searchsorted(limits, draws[:, t] + (table << counter.BITS), right=True)
-            tokens[:, t] = (found - table * (self.vocabulary_size - 1)).clamp(
-                max=self.vocabulary_size - 2
-            )
+            wanted = draws[:, t] + (table << counter.BITS)
+            found = torch.searchsorted(self._limits[device], wanted, right=True)
+            found = found - table * (self.vocabulary_size - 1)
+            tokens[:, t] = found.clamp(max=self.vocabulary_size - 2)
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         place = torch.arange(longest + 1, device=device)
-        tokens = torch.where(
-            place < length[:, None], tokens, torch.where(place == length[:, None], self.end, -1)
-        )
-        return _documents(tokens)
+        tokens = tokens.masked_fill(place > length[:, None], -1)
+        return _documents(tokens.masked_fill(place == length[:, None], self.end))
 
     def _table(self, prefix, t, order):
         """Number of the table that `order` (documents,) last tokens before place t choose.
@@ -106,22 +89,20 @@ class HashedTables(Corpus):
         document, place = documents.token["document"], documents.token["position"]
         tokens = torch.zeros(documents.count, int(place.max()) + 1, dtype=torch.int64)
         tokens[document, place] = documents.tokens
-        prefix, p = torch.zeros_like(tokens), torch.zeros(tokens.shape, dtype=torch.float64)
-        weights, average = self.order_weights / self.order_weights.sum(), self.probabilities.mean(0)
+        prefix = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.int64)
+        p, average = torch.zeros(tokens.shape, dtype=torch.float64), self.probabilities.mean(0)
         for t in range(tokens.shape[1]):
             token = tokens[:, t].clamp(max=self.vocabulary_size - 2)
             p[:, t] = average[token]
             if knows_tables:
-                tables = [
-                    self._table(prefix, t, torch.full_like(token, order)) for order in self.orders
-                ]
-                p[:, t] = sum(
-                    w * self.probabilities[table, token] for w, table in zip(weights, tables)
-                )
+                p[:, t] = 0
+                shares = self._order_weights / self._order_weights.sum()
+                for share, order in zip(shares, self.orders):
+                    table = self._table(prefix, t, torch.full_like(token, order))
+                    p[:, t] += share * self.probabilities[table, token]
             ending = 1 / (self.shortest + self.spread - t) if t >= self.shortest else 0.0
             p[:, t] = torch.where(tokens[:, t] == self.end, ending, (1 - ending) * p[:, t])
-            if t + 1 < tokens.shape[1]:
-                prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
+            prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         return -p[document, place].log()
 
 
@@ -130,12 +111,16 @@ class Chain(Corpus):
 
     Because the sample is a ring, its own contexts are the chain's stationary distribution and no context lacks a
     successor: the chain's loss is the sample's conditional entropy, exactly. A document starts after an end token and
-    lasts `sentences` end tokens, as the documents it was estimated from.
+    lasts as many end tokens as the documents it was estimated from. grams (sample,) has every context and next token
+    of the ring, as one number in base vocabulary_size, in order.
     """
 
     def __init__(self, parent, order=3, sample_tokens=1_000_000, seed=0, name="", label=""):
-        if parent.grammar is None:
-            raise ValueError(f"parent {parent.name!r}: has no grammar; name a corpus that has one")
+        if parent.grammar is None or parent.vocabulary_size ** (order + 1) >= 2**62:
+            raise ValueError(
+                f"chain of order {order} of {parent.name}: has no sentences, or {parent.vocabulary_size} words to the "
+                f"power {order + 1} do not fit an integer; use a parent with a grammar or a lower order"
+            )
         super().__init__(
             name=name or f"{parent.name}-order{order}",
             kind="n-gram",
@@ -147,36 +132,28 @@ class Chain(Corpus):
             label=label,
         )
         self.order = order
-        self.sentences = parent.grammar.file.document.per_document("sentence")
-        if self.vocabulary_size ** (order + 1) >= 2**62:
-            raise ValueError(
-                f"chain of order {order}: {self.vocabulary_size} words to the power {order + 1} do not fit an "
-                "integer; use a lower order"
-            )
+        self._sentences = parent.grammar.file.document.per_document("sentence")
         needed = int(sample_tokens / parent.mean_document_length) + 1
         sample = parent.documents(torch.arange(needed)).tokens
-        place = torch.arange(len(sample))
-        key = torch.zeros(len(sample), dtype=torch.int64)
+        gram = torch.zeros_like(sample)
         for back in range(order, -1, -1):
-            key = key * self.vocabulary_size + sample[(place - back) % len(sample)]
-        self.grams = (
-            key.sort().values
-        )  # every (context, next) of the ring as one number, with its repetitions
+            gram = gram * self.vocabulary_size + sample.roll(back)
+        self.grams = gram.sort().values
+        contexts = self.grams // self.vocabulary_size
+        openings = contexts[contexts % self.vocabulary_size == self.end]
         self._key = counter.mix(torch.tensor(seed))
-        self._on = {}
+        self._on = {"cpu": (self.grams, openings)}
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._on:
-            contexts = self.grams // self.vocabulary_size
-            openings = contexts[contexts % self.vocabulary_size == self.end]
-            self._on[device] = (self.grams.to(device), openings.to(device))
+            self._on[device] = tuple(table.to(device) for table in self._on["cpu"])
         grams, openings = self._on[device]
         size, keep = self.vocabulary_size, self.vocabulary_size ** (self.order - 1)
         key = counter.subkey(self._key.to(device), ids)
         context = openings[_scaled(counter.uniform(counter.subkey(key, 0)), len(openings))]
-        left = torch.full_like(ids, self.sentences)
+        left = torch.full_like(ids, self._sentences)
         tokens = []
         while bool((left > 0).any()):
             low = torch.searchsorted(grams, context * size)
@@ -193,8 +170,8 @@ class Chain(Corpus):
         values = []
         for n in range(self.order + 1):
             grams = self.grams % self.vocabulary_size ** (n + 1)
-            counts = grams.unique(return_counts=True)[1].double() / len(grams)
-            entropy = -(counts * counts.log()).sum()
+            share = grams.unique(return_counts=True)[1].double() / len(grams)
+            entropy = -(share * share.log()).sum()
             values.append(float(entropy) - sum(values))
         return values
 
@@ -203,10 +180,8 @@ def _documents(tokens):
     """Documents from padded tokens (documents, longest), -1 past the end."""
     kept = tokens >= 0
     document = kept.nonzero()[:, 0]
-    return Documents(
-        {"tokens": tokens[kept], "document": document, "position": position_within(document)},
-        len(tokens),
-    )
+    token = {"tokens": tokens[kept], "document": document, "position": position_within(document)}
+    return Documents(token, len(tokens))
 
 
 def _scaled(draw, count):

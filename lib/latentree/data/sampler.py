@@ -4,12 +4,17 @@ Order of the draws: a document's latents (for each level that redraws, from the 
 sentence, a rank for each word, and last the maps that turn ranks into tokens. Each draw has its own key (counter.py).
 """
 
+from functools import cached_property
+
 import numpy as np
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
 from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
-from latentree.data.grammar import END, LEVELS, Grammar
+from latentree.data.grammar import Grammar
+from latentree.data.grammar_file import LEVELS
 
 
 class GrammarProcess(Corpus):
@@ -30,11 +35,18 @@ class GrammarProcess(Corpus):
         self.repetitions = grammar.file.repetitions
         self.held_out_limit = grammar.file.exclude_held_out or None
         self._key = counter.mix(torch.tensor(seed))
-        self._starts = (grammar.sizes.cumsum() - grammar.sizes).tolist()
-        self._limits, self._tables = {}, {}  # per device
-        self._shapes = list(grammar.shapes or [])
-        self._shape_number = {}  # production choices -> index in _shapes, for grammars whose shapes are not enumerated
-        self._excluded = None
+        begins = (grammar.sizes.cumsum() - grammar.sizes).tolist()
+        self._begins = torch.tensor(begins)
+        self._columns = [slice(at, at + n) for at, n in zip(begins, grammar.sizes.tolist())]
+        self._shapes = list(
+            grammar.shapes or []
+        )  # a grammar with too many adds those that are drawn
+        self._shape_number = {}  # production choices -> index of the shape that they spelled out
+        self._tables = ()
+
+    def changed(self, **fields):
+        """The same corpus, its seed included, with other values for some fields of its grammar file."""
+        return GrammarProcess(Grammar(self.grammar.file.model_dump() | fields), self.seed)
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number. `ids` (documents,) integers >= 0; from HELD_OUT on they are held out.
@@ -43,38 +55,33 @@ class GrammarProcess(Corpus):
         """
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if len(ids) == 0 or ids.min() < 0:
-            raise ValueError(
-                f"{self.name}: document ids {ids.tolist()[:3]} are not documents; ask for at least one id >= 0"
-            )
-        layout, grammar = self.grammar.file.document, self.grammar
+            raise ValueError(f"{self.name}: ids {ids.tolist()[:3]}; ask for at least one id >= 0")
+        layout = self.grammar.file.document
         per_document = layout.per_document("sentence")
         document_key = counter.subkey(self._key.to(device), ids)
-        latents = self._latents(ids, document_key)
-        number = torch.arange(len(ids) * per_document, device=device)
-        key = counter.subkey(
-            counter.subkey(document_key, 1)[:, None], number[:per_document]
-        ).flatten()
-        unit = number * len(latents["maps"]) // len(number)
-        if grammar.file.exclude_held_out and bool((ids < HELD_OUT).any()):
-            key = self._avoid_held_out(
-                key, unit, latents, (ids < HELD_OUT).repeat_interleave(per_document)
-            )
+        maps, habits = self._latents(ids, document_key)
 
-        fields = self._sentences(key, unit, latents)
-        sentence = fields["sentence"]
-        fields["document"] = sentence // per_document
+        number = torch.arange(len(ids) * per_document, device=device)
+        unit = number * len(maps) // len(number)
+        key = counter.subkey(document_key, 1)[:, None]
+        key = counter.subkey(key, number[:per_document]).flatten()
+        training = ids < HELD_OUT
+        if self.held_out_limit and bool(training.any()):
+            chosen = training.repeat_interleave(per_document)
+            key = self._avoid_held_out(key, unit, maps, habits, chosen)
+
+        token = self._sentences(key, unit, maps, habits)
+        sentence = token["sentence"]
+        token["document"] = sentence // per_document
         if not detail:
-            return Documents({name: fields[name] for name in ("tokens", "document")}, len(ids))
-        fields["position"] = position_within(fields["document"])
-        fields["sentence"] = sentence % per_document
-        fields["paragraph"] = fields["sentence"] // layout.sentences
-        fields["section"] = fields["paragraph"] // layout.paragraphs
-        fields["unit"] = unit[sentence]
-        maps = {
-            role: latents["maps"][:, start : start + size]
-            for role, start, size in zip(grammar.roles, self._starts, grammar.sizes.tolist())
-        }
-        return Documents(fields, len(ids), self._shapes, maps, latents["habits"])
+            return Documents({n: token[n] for n in ("tokens", "document")}, len(ids))
+        token["position"] = position_within(token["document"])
+        token["sentence"] = sentence % per_document
+        token["paragraph"] = token["sentence"] // layout.sentences
+        token["section"] = token["paragraph"] // layout.paragraphs
+        token["unit"] = unit[sentence]
+        by_role = {role: maps[:, at] for role, at in zip(self.grammar.roles, self._columns)}
+        return Documents(token, len(ids), self._shapes, by_role, habits)
 
     def token_frequencies(self):
         """Exact share of each token in the corpus (vocabulary,), given the seed's corpus-level maps and habits.
@@ -83,131 +90,104 @@ class GrammarProcess(Corpus):
         with the others otherwise; a habit survives a redraw of k of n with probability 1 - k / n.
         """
         grammar, file = self.grammar, self.grammar.file
-        above = file.model_dump() | {
-            "redraw": {"corpus": file.redraw.get("corpus", 0.0)},
-            "exclude_held_out": 0,
-        }
-        base = GrammarProcess(Grammar(above), self.seed).documents([0])
+        redrawn = {"corpus": file.redraw.get("corpus", 0.0)}
+        fixed = self.changed(redraw=redrawn, exclude_held_out=0).documents([0])
         shares = [share for level, share in file.redraw.items() if level != "corpus"]
 
-        def rank_law(role, right):
-            """Ranks of `role` in a production: its own Zipf law, or what its parent's ranks call for."""
+        def law_of(role, siblings):
+            """P(rank) in a production: by the role's own Zipf law, or by what its parent's ranks call for."""
             law, parent = grammar.frequencies[grammar.roles.index(role)], file.habits.get(role)
-            if file.binding == 0 or parent not in right:
+            if file.binding == 0 or parent not in siblings:
                 return law
-            above, habit = rank_law(parent, right), base.habits[role][0].numpy()
+            habit = fixed.habits[role][0].numpy()
             lasting = np.prod([1 - round(share * len(habit)) / len(habit) for share in shares])
-            called = lasting * np.bincount(habit, above, len(law)) + (1 - lasting) * law
+            called = np.bincount(habit, law_of(parent, siblings), len(law))
+            called = lasting * called + (1 - lasting) * law
             return file.binding * called + (1 - file.binding) * law
 
         counts = np.zeros(self.vocabulary_size)
-        for left, right, probability in [*grammar.productions, (0, (END,), 1 / grammar.visits[0])]:
-            for role in right:
-                if isinstance(role, str):
-                    r, law = grammar.roles.index(role), rank_law(role, right)
-                    n = len(law)
-                    kept = (
-                        np.prod([min(1.0, (n - round(s * n)) / (n - 1)) for s in shares])
-                        if grammar.role_specs[r].has_map
-                        else 1.0
-                    )
-                    weight = grammar.visits[left] * probability
-                    counts[base.maps[role][0].numpy()] += weight * kept * law
-                    counts[grammar.words[r]] += weight * (1 - kept) / n
+        counts[self.end] = 1.0
+        for production in grammar.productions:
+            for role in production.roles:
+                r = grammar.roles.index(role)
+                size, kept = int(grammar.sizes[r]), 1.0
+                if grammar.role_specs[r].has_map:
+                    for share in shares:
+                        kept *= min(1.0, (size - round(share * size)) / (size - 1))
+                weight = grammar.visits[production.left] * production.probability
+                law = law_of(role, production.right)
+                counts[fixed.maps[role][0].numpy()] += weight * kept * law
+                counts[grammar.words[r]] += weight * (1 - kept) / size
         return counts / counts.sum()
 
     # ------------------------------------------------------------------ latents
 
     def _latents(self, ids, document_key):
-        """Maps (units, all words) and habits {child: (units, parents)} of every unit of the finest level that redraws."""
-        grammar, device, file = self.grammar, ids.device, self.grammar.file
-        maps = torch.as_tensor(np.concatenate(grammar.words), device=device)[None]
-        habits = {}
-        corpus_key = counter.subkey(self._key.to(device), -1)[None]
+        """Maps (units, all words), habits {child: (units, parents)}: a unit of the finest level that redraws a row."""
+        grammar, file = self.grammar, self.grammar.file
+        key_of = {"corpus": counter.subkey(self._key.to(ids.device), -1)[None]}
+        maps, habits = torch.arange(self.vocabulary_size, device=ids.device)[None], {}
         if file.binding > 0:
-            habits = {
-                child: self._draw_habits(child, counter.subkey(corpus_key, 2))
-                for child in file.habits
-            }
-        training = ids < HELD_OUT
-        group = torch.where(
-            training, ids // file.repetitions, HELD_OUT + (ids - HELD_OUT) // file.repetitions
-        )
-        for depth, level in enumerate(LEVELS):
-            share = file.redraw.get(level, 0.0)
+            for child in file.habits:
+                habits[child] = self._draw_habits(child, counter.subkey(key_of["corpus"], 2))
+        held_out = (ids >= HELD_OUT) * HELD_OUT
+        shared_by = held_out + (ids - held_out) // file.repetitions
+        key_of["document"] = counter.subkey(counter.subkey(self._key.to(ids.device), -2), shared_by)
+        for depth, level in enumerate(LEVELS[2:], 2):
+            number = torch.arange(file.document.per_document(level), device=ids.device)
+            key = counter.subkey(document_key, depth)[:, None]
+            key_of[level] = counter.subkey(key, number).flatten()
+
+        for level in LEVELS:
+            share, key = file.redraw.get(level, 0.0), key_of[level]
             if share == 0:
                 continue
-            if level == "corpus":
-                key = corpus_key
-            elif level == "document":
-                key = counter.subkey(counter.subkey(self._key.to(device), -2), group)
-            else:
-                number = torch.arange(file.document.per_document(level), device=device)
-                key = counter.subkey(counter.subkey(document_key, depth)[:, None], number).flatten()
             repeat = len(key) // len(maps)
             maps = maps.repeat_interleave(repeat, 0)
-            for r, (start, size) in enumerate(zip(self._starts, grammar.sizes.tolist())):
-                if grammar.role_specs[r].has_map:
-                    chosen = counter.shuffled(counter.subkey(key, r), size)[
-                        :, : round(share * size)
-                    ]
-                    _permute(maps[:, start : start + size], chosen)
+            for r, role in enumerate(grammar.role_specs):
+                if role.has_map:
+                    chosen = _choose(counter.subkey(key, r), role.size, share)
+                    _permute(maps[:, self._columns[r]], chosen)
             for c, child in enumerate(habits):
                 fresh = self._draw_habits(child, counter.subkey(key, 1000 + c))
-                size = fresh.shape[1]
-                chosen = counter.shuffled(counter.subkey(key, 2000 + c), size)[
-                    :, : round(share * size)
-                ]
-                habits[child] = (
-                    habits[child]
-                    .repeat_interleave(repeat, 0)
-                    .scatter(1, chosen, fresh.gather(1, chosen))
-                )
-        return {"maps": maps, "habits": habits}
+                chosen = _choose(counter.subkey(key, 2000 + c), fresh.shape[1], share)
+                old = habits[child].repeat_interleave(repeat, 0)
+                habits[child] = old.scatter(1, chosen, fresh.gather(1, chosen))
+        return maps, habits
 
     def _draw_habits(self, child, key):
         """For each key and each rank of the child's parent, a child rank from the child's own Zipf law."""
-        r, parent = (
-            self.grammar.roles.index(child),
-            self.grammar.roles.index(self.grammar.file.habits[child]),
-        )
-        places = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
-        return self._draw_ranks(
-            torch.tensor(r, device=key.device),
-            counter.subkey(counter.subkey(key, r)[:, None], places),
-        )
+        roles = self.grammar.roles
+        r, parent = roles.index(child), roles.index(self.grammar.file.habits[child])
+        ranks = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
+        key = counter.subkey(counter.subkey(key, r)[:, None], ranks)
+        return self._draw_ranks(torch.tensor(r, device=key.device), key)
 
     # ------------------------------------------------------------------ sentences
 
-    def _sentences(self, key, unit, latents):
-        """One sentence for each key, laid end to end: fields tokens, role, rank, sentence, place, shape, (tokens,) each."""
+    def _sentences(self, key, unit, maps, habits):
+        """One sentence for each key, laid end to end: {field: (tokens,)}."""
         grammar = self.grammar
         shape = self._draw_shapes(counter.subkey(key, 0))
-        roles, bindings, lengths = self._shape_tables(
-            key.device
-        )  # shapes met for the first time are in them now
+        roles, bindings, lengths = self._shape_tables(key.device)
         length = lengths[shape]
         sentence = torch.arange(len(key), device=key.device).repeat_interleave(length)
-        starts = length.cumsum(0) - length
-        place = torch.arange(len(sentence), device=key.device) - starts[sentence]
+        begins = length.cumsum(0) - length
+        place = torch.arange(len(sentence), device=key.device) - begins[sentence]
         cell = shape[sentence] * roles.shape[1] + place
         role, binds_to = roles.flatten()[cell], bindings.flatten()[cell]
         word_key = counter.subkey(key[sentence], place + 1)
         rank = self._draw_ranks(role, word_key)
-        if latents["habits"]:
-            follows = (binds_to >= 0) & (
-                counter.uniform(word_key + 1) < int(grammar.file.binding * 2**counter.BITS)
-            )
+        if habits:
+            chance = int(grammar.file.binding * 2**counter.BITS)
+            follows = (binds_to >= 0) & (counter.uniform(word_key + 1) < chance)
             for child in grammar.parents_first:
                 at = (follows & (role == grammar.roles.index(child))).nonzero()[:, 0]
-                parent_rank = rank[starts[sentence[at]] + binds_to[at]]
-                rank[at] = latents["habits"][child][unit[sentence[at]], parent_rank]
-        maps = latents["maps"]
-        tokens = maps.flatten()[
-            unit[sentence] * maps.shape[1] + self._on(key.device)[1][role] + rank
-        ]
+                parent_rank = rank[begins[sentence[at]] + binds_to[at]]
+                rank[at] = habits[child][unit[sentence[at]], parent_rank]
+        cell = unit[sentence] * maps.shape[1] + self._begins.to(key.device)[role] + rank
         return {
-            "tokens": tokens,
+            "tokens": maps.flatten()[cell],
             "role": role,
             "rank": rank,
             "sentence": sentence,
@@ -215,61 +195,44 @@ class GrammarProcess(Corpus):
             "shape": shape[sentence],
         }
 
-    def _on(self, device):
-        """On `device`: thresholds of all roles' Zipf laws one after the other, and where each role's words start."""
-        if device not in self._limits:
-            limits = [
-                counter.thresholds(f) + (r << counter.BITS)
-                for r, f in enumerate(self.grammar.frequencies)
-            ]
-            self._limits[device] = (
-                torch.cat(limits).to(device),
-                torch.as_tensor(self._starts, device=device),
-            )
-        return self._limits[device]
+    @cached_property
+    def _limits(self):
+        """Thresholds of all roles' Zipf laws one after the other."""
+        laws = enumerate(self.grammar.frequencies)
+        return torch.cat([counter.thresholds(law) + (r << counter.BITS) for r, law in laws])
 
     def _draw_ranks(self, role, key):
         """A rank from the Zipf law of each role (integers that broadcast with the keys)."""
-        limits, starts = self._on(key.device)
-        return (
-            torch.searchsorted(limits, counter.uniform(key) + (role << counter.BITS), right=True)
-            - starts[role]
-        )
+        limits, begins = self._limits.to(key.device), self._begins.to(key.device)
+        drawn = counter.uniform(key) + (role << counter.BITS)
+        return torch.searchsorted(limits, drawn, right=True) - begins[role]
 
     def _shape_tables(self, device):
         """Role and binding of each position of each known shape, (shapes, longest), -1 past the end; lengths (shapes,)."""
-        if device not in self._tables or len(self._tables[device][0]) != len(self._shapes):
+        if not self._tables or len(self._tables[2]) != len(self._shapes):
             number = {name: r for r, name in enumerate(self.grammar.roles)}
-            lengths = [len(s.roles) for s in self._shapes] or [1]
-            rows = (
-                [[number[name] for name in s.roles] for s in self._shapes],
-                [s.binds_to for s in self._shapes],
-            )
-            padded = [
-                [[*row, *[-1] * (max(lengths) - len(row))] for row in part] or [[-1]]
-                for part in rows
-            ]
-            self._tables[device] = tuple(
-                torch.tensor(part, device=device) for part in (*padded, lengths)
-            )
-        return self._tables[device]
+            roles, bindings = [], []
+            for shape in self._shapes:
+                roles.append(torch.tensor([number[name] for name in shape.roles]))
+                bindings.append(torch.tensor(shape.binds_to))
+            lengths = torch.tensor([len(row) for row in roles])
+            padded = [pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings)]
+            self._tables = (*padded, lengths)
+        return [table.to(device) for table in self._tables]
 
     def _draw_shapes(self, key):
         """Index of a shape for each key: one draw where shapes are enumerated, else a derivation by stacks."""
         if self.grammar.shapes:
-            return counter.draw(
-                counter.thresholds([s.probability for s in self.grammar.shapes]).to(key.device), key
-            )
+            limits = counter.thresholds([shape.probability for shape in self.grammar.shapes])
+            return counter.draw(limits.to(key.device), key)
         rows, shape = self._derive(key).unique(dim=0, return_inverse=True)
+        numbers = []
         for row in rows.tolist():
             choices = tuple(choice for choice in row if choice >= 0)
             if choices not in self._shape_number:
                 self._shape_number[choices] = len(self._shapes)
                 self._shapes.append(self.grammar.shape(choices))
-        numbers = [
-            self._shape_number[tuple(choice for choice in row if choice >= 0)]
-            for row in rows.tolist()
-        ]
+            numbers.append(self._shape_number[choices])
         return torch.tensor(numbers, device=key.device)[shape]
 
     def _derive(self, key):
@@ -277,32 +240,26 @@ class GrammarProcess(Corpus):
 
         All sentences expand the symbol on top of their stack at once, until every stack is empty.
         """
-        productions = self.grammar.productions
-        below = [[s for s in right if not isinstance(s, str)] for _, right, _ in productions]
-        widest = max(map(len, below))
-        pushed = torch.tensor(
-            [[*reversed(b), *[-1] * (widest - len(b))] for b in below], device=key.device
-        )
-        pushes = torch.tensor([len(b) for b in below], device=key.device)
-        limits = [
-            (
-                torch.tensor(
-                    [i for i, rule in enumerate(productions) if rule[0] == n], device=key.device
-                ),
-                counter.thresholds([p for left, _, p in productions if left == n]).to(key.device),
-            )
-            for n in range(len(self.grammar.nonterminals))
-        ]
-        stack = torch.zeros(len(key), 1 + widest, dtype=torch.int64, device=key.device)
+        productions, device = self.grammar.productions, key.device
+        below = [torch.tensor(rule.nonterminals[::-1], dtype=torch.int64) for rule in productions]
+        pushed = pad_sequence(below, True, padding_value=-1).to(device)
+        pushes, widest = torch.tensor([len(row) for row in below], device=device), pushed.shape[1]
+        choices = []  # the rules of each nonterminal, and their thresholds
+        for symbol in range(len(self.grammar.nonterminals)):
+            rules = [i for i, rule in enumerate(productions) if rule.left == symbol]
+            limits = counter.thresholds([productions[i].probability for i in rules])
+            choices.append((torch.tensor(rules, device=device), limits.to(device)))
+        stack = torch.zeros(len(key), 1 + widest, dtype=torch.int64, device=device)
         height, steps = torch.ones_like(key), []
         while bool((height > 0).any()):
             live = (height > 0).nonzero()[:, 0]
             if stack.shape[1] < int(height.max()) + widest:
-                stack = torch.nn.functional.pad(stack, (0, stack.shape[1] + widest))
+                stack = pad(stack, (0, stack.shape[1] + widest))
             top = stack[live, height[live] - 1]
             choice, draw_key = torch.empty_like(top), counter.subkey(key[live], len(steps))
-            for n, (rules, rule_limits) in enumerate(limits):
-                choice[top == n] = rules[counter.draw(rule_limits, draw_key[top == n])]
+            for symbol, (rules, limits) in enumerate(choices):
+                here = top == symbol
+                choice[here] = rules[counter.draw(limits, draw_key[here])]
             for slot in range(widest):
                 stack[live, height[live] - 1 + slot] = pushed[choice, slot]
             height[live] += pushes[choice] - 1
@@ -311,39 +268,44 @@ class GrammarProcess(Corpus):
 
     # ------------------------------------------------------------------ sentences kept for evaluation
 
-    def _avoid_held_out(self, key, unit, latents, training):
+    def _avoid_held_out(self, key, unit, maps, habits, training):
         """Keys under which no training sentence occurs in one of the first held-out documents: theirs, or redrawn ones."""
         key, again = key.clone(), training.nonzero()[:, 0]
-        for attempt in range(1000):
-            fields = self._sentences(key[again], unit[again], latents)
-            again = again[torch.isin(_fingerprints(fields), self._held_out_sentences(key.device))]
+        for _ in range(1000):
+            token = self._sentences(key[again], unit[again], maps, habits)
+            again = again[torch.isin(_fingerprints(token), self._kept_sentences.to(key.device))]
             if len(again) == 0:
                 return key
             key[again] = counter.subkey(key[again], -1)
         raise ValueError(
-            f"grammar {self.name}: exclude_held_out is {self.grammar.file.exclude_held_out} and leaves no "
-            "sentence to train on; set it to 0 or use more words"
+            f"grammar {self.name}: exclude_held_out = {self.held_out_limit}: leaves no sentence to "
+            "train on; set it to 0 or use more words"
         )
 
-    def _held_out_sentences(self, device):
-        if self._excluded is None:
-            documents = self.documents(self.apart(HELD_OUT, self.grammar.file.exclude_held_out))
-            fields = dict(documents.token)
-            fields["sentence"] = (fields["place"] == 0).cumsum(0) - 1
-            self._excluded = _fingerprints(fields).unique()
-        return self._excluded.to(device)
+    @cached_property
+    def _kept_sentences(self):
+        """Fingerprints of all sentences of the first held-out documents."""
+        token = dict(self.documents(self.apart(HELD_OUT, self.held_out_limit)).token)
+        token["sentence"] = (token["place"] == 0).cumsum(0) - 1
+        return _fingerprints(token).unique()
+
+
+def _choose(key, size, share):
+    """For each key a random `share` of 0, 1, ... size - 1, in random order: (keys, count)."""
+    return counter.shuffled(key, size)[:, : round(share * size)]
 
 
 def _permute(rows, chosen):
     """Permute, in place, the entries of rows (n, size) at places `chosen` (n, count, in random order) among themselves."""
-    places = chosen if chosen.shape == rows.shape else chosen.sort(-1).values
     values = rows.gather(1, chosen)
-    rows.copy_(values) if places is chosen else rows.scatter_(1, places, values)
+    if chosen.shape == rows.shape:
+        rows.copy_(values)
+    else:
+        rows.scatter_(1, chosen.sort(-1).values, values)
 
 
-def _fingerprints(fields):
+def _fingerprints(token):
     """A 64-bit hash of each sentence's tokens in their order."""
-    hashed = counter.mix(fields["tokens"] * counter.GOLDEN + fields["place"] + 1)
-    return torch.zeros(
-        int(fields["sentence"][-1]) + 1, dtype=torch.int64, device=hashed.device
-    ).index_add_(0, fields["sentence"], hashed)
+    hashed = counter.mix(token["tokens"] * counter.GOLDEN + token["place"] + 1)
+    sums = torch.zeros(int(token["sentence"][-1]) + 1, dtype=torch.int64, device=hashed.device)
+    return sums.index_add_(0, token["sentence"], hashed)

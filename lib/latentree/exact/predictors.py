@@ -1,12 +1,16 @@
 """Predictors run on given tokens: syntax-only and latent-aware (exact), and in-context counts.
 
-The exact predictors mix over sentence shapes. Under one shape a word depends on the earlier words of its own clause,
-along the habits that bind them (a tree), so its distribution follows from messages passed along that tree; each
-shape's weight is its probability times that of the sentence's words so far.
+The exact predictors mix over sentence shapes. Under one shape a word depends on the earlier words of
+its own clause, along the habits that bind them (a tree), so its distribution follows from messages
+passed along that tree; each shape's weight is its probability times that of the sentence's words so
+far.
 """
+
+from itertools import product
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot, pad
 
 from latentree.data.corpus import held_out, windows
 from latentree.exact.parser import PrefixParser
@@ -15,211 +19,193 @@ from latentree.exact.parser import PrefixParser
 def token_losses(grammar, documents, latent_aware=True):
     """Exact loss of each token in nats (tokens,): latent-aware or syntax-only.
 
-    Raises ValueError for a recursive grammar with shared tokens, whose derivations cannot be told from its tokens.
+    Where shapes cannot be enumerated, each sentence's own shape is taken to be known from its roles.
     """
-    if grammar.shapes is None:
-        return _losses_by_own_shape(grammar, documents, latent_aware)
-    return -predictive(grammar, documents, latent_aware, log_token=True)
+    if grammar.shapes is not None:
+        return -predictive(grammar, documents, latent_aware, log_token=True)
+    sentences = _Sentences(grammar, documents, latent_aware)
+    losses = torch.zeros(sentences.kept.shape, dtype=torch.float64)
+    shape_of = documents.token["shape"][documents.token["place"] == 0]
+    for number in shape_of.unique().tolist():
+        rows, shape = shape_of == number, documents.shapes[number]
+        for place in range(len(shape.roles)):
+            law = sentences.word_law(shape, place)
+            losses[rows, place] = -sentences.chance(law, shape, place)[rows].log()
+    return losses[sentences.kept] + role_losses(grammar, documents)
 
 
 def predictive(grammar, documents, latent_aware=True, log_token=False, trust=None):
     """Exact next-token distribution before each token: (tokens, vocabulary), or with `log_token` log p(token), (tokens,).
 
-    `documents` are whole documents with their derivation (GrammarProcess.documents). `trust` {role: (map, habit)} says how
-    likely their latents still hold: each word stands by its map with the first probability, else is any word of its role,
-    and each use of a habit is the habit's with the second, else drawn afresh; every word and use anew (all 1 by default).
+    `documents` are whole documents with their derivation (GrammarProcess.documents). `trust`
+    {role: (map, habit)} says how likely their latents still hold: each word stands by its map with
+    the first probability, else is any word of its role, and each use of a habit is the habit's with
+    the second, else drawn afresh; every word and use anew (all 1 by default).
+    Raises ValueError for a grammar whose shapes cannot be enumerated.
     """
     if grammar.shapes is None:
         raise ValueError(
-            f"grammar {grammar.name}: whole distributions need shapes that can be enumerated; use token_losses"
+            f"grammar {grammar.name}: whole distributions need shapes that can be enumerated; use "
+            "token_losses"
         )
     sentences = _Sentences(grammar, documents, latent_aware, trust)
-    shape = (sentences.count, sentences.longest) + (() if log_token else (grammar.vocabulary_size,))
-    result = torch.zeros(shape, dtype=torch.float64)
-    weight = torch.tensor([s.probability for s in grammar.shapes], dtype=torch.float64).repeat(
-        sentences.count, 1
-    )
-    for place in range(sentences.longest):
+    size = () if log_token else (grammar.vocabulary_size,)
+    result = torch.zeros((*sentences.kept.shape, *size), dtype=torch.float64)
+    prior = torch.tensor([shape.probability for shape in grammar.shapes], dtype=torch.float64)
+    weight = prior.repeat(len(result), 1)  # of each shape and the words so far
+    for place in range(result.shape[1]):
         total = weight.sum(1)
-        for number, candidate in enumerate(grammar.shapes):
-            if place >= len(candidate.roles):
+        for number, shape in enumerate(grammar.shapes):
+            if place >= len(shape.roles):
                 weight[:, number] = 0
                 continue
-            rank_law, known = sentences.word_law(candidate, place)
-            here = torch.where(
-                known,
-                rank_law.gather(1, sentences.ranks(candidate, place).clamp(min=0)[:, None])[:, 0],
-                0,
-            )
+            law = sentences.word_law(shape, place)
             if not log_token:
                 share = (weight[:, number] / total)[:, None]
-                result[:, place].scatter_add_(
-                    1, sentences.words(candidate.roles[place]), rank_law * share
-                )
-            weight[:, number] = weight[:, number] * here
+                words = sentences.words(shape.roles[place])
+                result[:, place].scatter_add_(1, words, law * share)
+            weight[:, number] *= sentences.chance(law, shape, place)
         if log_token:
             result[:, place] = (weight.sum(1) / total).log()
     return result[sentences.kept]
 
 
 class _Sentences:
-    """The sentences of documents as rows, and the law of a word under a shape given the words before it."""
+    """The sentences of documents as rows, and the law of a word under a shape given the words before it.
+
+    kept (sentences, longest) is True where a sentence has a word.
+    """
 
     def __init__(self, grammar, documents, latent_aware, trust=None):
-        self.grammar, self.binding = grammar, grammar.file.binding if latent_aware else 0.0
-        self.trust = {role: (1.0, 1.0) for role in grammar.roles} | (trust or {})
-        begins = documents.token["place"] == 0
-        row = begins.cumsum(0) - 1
-        self.count, self.longest = int(row[-1]) + 1, int(documents.token["place"].max()) + 1
-        self.kept = torch.zeros(self.count, self.longest, dtype=torch.bool)
-        self.kept[row, documents.token["place"]] = True
-        self.tokens = torch.zeros(self.count, self.longest, dtype=torch.int64)
-        self.tokens[self.kept] = documents.tokens
-        self.unit = documents.token["unit"][begins]
-        self.habits = {child: table[self.unit] for child, table in documents.habits.items()}
-        self.maps, self.laws, self._rank_of = {}, {}, {}
-        for r, role in enumerate(grammar.roles):
-            words = (
-                documents.maps[role] if latent_aware else torch.as_tensor(grammar.words[r])[None]
+        token, place = documents.token, documents.token["place"]
+        row = (place == 0).cumsum(0) - 1
+        self.kept = torch.zeros(int(row[-1]) + 1, int(place.max()) + 1, dtype=torch.bool)
+        self.kept[row, place] = True
+        self._unit = token["unit"][place == 0]
+        if latent_aware:
+            self._binding, self._maps, laws = (
+                grammar.file.binding,
+                documents.maps,
+                grammar.frequencies,
             )
-            law = (
-                grammar.frequencies[r]
-                if latent_aware
-                else np.full(grammar.sizes[r], 1 / grammar.sizes[r])
-            )
-            self.maps[role], self.laws[role] = words, torch.tensor(law, dtype=torch.float64)
-            inverse = torch.full((len(words), grammar.vocabulary_size), -1)
-            self._rank_of[role] = inverse.scatter(
-                1, words, torch.arange(words.shape[1]).expand_as(words)
-            )
-
-    def _rows(self, table):
-        return table[self.unit] if len(table) > 1 else table.expand(self.count, -1)
+        else:
+            self._binding, laws = 0.0, [np.full(size, 1 / size) for size in grammar.sizes]
+            words = [torch.as_tensor(words)[None] for words in grammar.words]
+            self._maps, self._unit = dict(zip(grammar.roles, words)), torch.zeros_like(self._unit)
+        self._habits = {child: rows[self._unit] for child, rows in documents.habits.items()}
+        self._laws = {role: torch.tensor(law) for role, law in zip(grammar.roles, laws)}
+        self._trust = {role: (1.0, 1.0) for role in grammar.roles} | (trust or {})
+        units = len(self._maps[grammar.roles[0]])
+        rank_of = torch.empty(units, grammar.vocabulary_size, dtype=torch.int64)
+        for words in self._maps.values():
+            rank_of.scatter_(1, words, torch.arange(words.shape[1]).expand_as(words))
+        self._number = {role: r for r, role in enumerate(grammar.roles)}
+        self._roles, self._ranks = torch.zeros((2, *self.kept.shape), dtype=torch.int64)
+        self._roles[self.kept] = torch.as_tensor(grammar.role_of)[documents.tokens]
+        self._ranks[self.kept] = rank_of[self._unit[row], documents.tokens]
 
     def words(self, role):
         """Token of each rank for each sentence: (sentences, size)."""
-        return self._rows(self.maps[role])
-
-    def ranks(self, shape, place):
-        """Rank of each sentence's token at `place` if it serves the shape's role there, else -1: (sentences,)."""
-        return self._rows(self._rank_of[shape.roles[place]]).gather(
-            1, self.tokens[:, place : place + 1]
-        )[:, 0]
+        return self._maps[role][self._unit]
 
     def word_law(self, shape, place):
-        """Distribution of the rank at `place` given the earlier words (sentences, size); whether the token can serve."""
-        law = self._down(shape, place, place)
+        """Distribution of the rank at `place` given the earlier words: (sentences, size)."""
+        law = self._from_above(shape, place, place)
         for child in self._children(shape, place):
-            law = law * self._up(shape, child, place)
-        return self._blurred(shape, place, law / law.sum(1, keepdim=True)), self.ranks(
-            shape, place
-        ) >= 0
+            law = law * self._from_below(shape, child, place)
+        return self._blurred(shape.roles[place], law / law.sum(1, keepdim=True))
+
+    def chance(self, law, shape, place):
+        """Probability of each sentence's word at `place` by `law`, 0 where its role is not the shape's: (sentences,)."""
+        right = self._roles[:, place] == self._number[shape.roles[place]]
+        chance = law.gather(1, self._rank(shape, place)[:, None])[:, 0]
+        return chance.where(right, 0.0)
+
+    def _rank(self, shape, place):
+        """Rank of each sentence's word at `place`, 0 where its role is not the shape's: (sentences,)."""
+        right = self._roles[:, place] == self._number[shape.roles[place]]
+        return self._ranks[:, place].where(right, 0)
 
     def _children(self, shape, place):
-        return (
-            [c for c, parent in enumerate(shape.binds_to) if parent == place]
-            if self.binding > 0
-            else []
-        )
+        if self._binding == 0:
+            return []
+        return [child for child, parent in enumerate(shape.binds_to) if parent == place]
 
-    def _seen(self, shape, at):
+    def _seen(self, shape, place):
         """One-hot ranks of an earlier word: (sentences, size)."""
-        ranks, size = self.ranks(shape, at), len(self.laws[shape.roles[at]])
-        return self._blurred(
-            shape, at, torch.nn.functional.one_hot(ranks.clamp(min=0), size).double()
-        )
+        role = shape.roles[place]
+        seen = one_hot(self._rank(shape, place), len(self._laws[role]))
+        return self._blurred(role, seen.double())
 
-    def _blurred(self, shape, at, law):
+    def _blurred(self, role, law):
         """A law over ranks (sentences, size) as one over words, which their map may have lost (and the reverse)."""
-        kept = self.trust[shape.roles[at]][0]
+        kept = self._trust[role][0]
         return kept * law + (1 - kept) / law.shape[1]
 
-    def _down(self, shape, node, now):
+    def _from_above(self, shape, node, now):
         """What the words above and beside `node` say of its rank: (sentences, size)."""
-        parent, law = shape.binds_to[node], self.laws[shape.roles[node]]
-        if parent < 0 or self.binding == 0:
-            return law.expand(self.count, -1)
-        if parent < now and self.trust[shape.roles[parent]][0] == 1:
-            above = self._seen(shape, parent)
+        role, parent = shape.roles[node], shape.binds_to[node]
+        law = self._laws[role]
+        if parent < 0 or self._binding == 0:
+            return law.expand(len(self.kept), -1)
+        if parent < now and self._trust[shape.roles[parent]][0] == 1:
+            above = self._seen(shape, parent)  # known for sure: nothing else tells of it
         else:
-            above = self._down(shape, parent, now) * (
-                self._seen(shape, parent) if parent < now else 1
-            )
+            above = self._from_above(shape, parent, now)
+            if parent < now:
+                above = above * self._seen(shape, parent)
             for sibling in self._children(shape, parent):
                 if sibling != node:
-                    above = above * self._up(shape, sibling, now)
-        called = torch.zeros(self.count, len(law), dtype=torch.float64).scatter_add(
-            1, self.habits[shape.roles[node]], above
-        )
-        binding = self.binding * self.trust[shape.roles[node]][1]
+                    above = above * self._from_below(shape, sibling, now)
+        called = torch.zeros(len(self.kept), len(law), dtype=torch.float64)
+        called.scatter_add_(1, self._habits[role], above)
+        binding = self._binding * self._trust[role][1]
         return binding * called + (1 - binding) * law * above.sum(1, keepdim=True)
 
-    def _up(self, shape, node, now):
+    def _from_below(self, shape, node, now):
         """What `node` and the words below it say of its parent's rank: (sentences, parent's size)."""
-        law, habit = self.laws[shape.roles[node]], self.habits[shape.roles[node]]
-        below = (
-            self._seen(shape, node)
-            if node < now
-            else torch.ones(self.count, len(law), dtype=torch.float64)
-        )
-        if node >= now:
+        role = shape.roles[node]
+        law = self._laws[role]
+        if node < now:
+            below = self._seen(shape, node)
+        else:
+            below = torch.ones(len(self.kept), len(law), dtype=torch.float64)
             for child in self._children(shape, node):
-                below = below * self._up(shape, child, now)
-        binding = self.binding * self.trust[shape.roles[node]][1]
-        return binding * below.gather(1, habit) + (1 - binding) * (below @ law)[:, None]
+                below = below * self._from_below(shape, child, now)
+        binding = self._binding * self._trust[role][1]
+        called = below.gather(1, self._habits[role])
+        return binding * called + (1 - binding) * (below @ law)[:, None]
 
 
 def role_losses(grammar, documents):
     """-log P(role | earlier roles of the sentence) for each token, in nats (tokens,), by the prefix parser."""
-    parser, roles = PrefixParser(grammar), documents.token["role"].tolist()
-    prefix, losses = (), []
-    for r in roles:
+    parser, prefix, losses = PrefixParser(grammar), (), []
+    for place, r in zip(documents.token["place"].tolist(), documents.token["role"].tolist()):
+        prefix = prefix[:place]
         losses.append(-np.log(parser.next_roles(prefix)[r]))
-        role = grammar.roles[r]
-        prefix = () if r == len(grammar.roles) - 1 else (*prefix, role)
+        prefix = (*prefix, grammar.roles[r])
     return torch.tensor(losses, dtype=torch.float64)
-
-
-def _losses_by_own_shape(grammar, documents, latent_aware):
-    if grammar.file.shared > 0:
-        raise ValueError(
-            f"grammar {grammar.name}: recursive and with shared tokens, its derivations cannot be told from its "
-            "tokens; set shared to 0"
-        )
-    sentences = _Sentences(grammar, documents, latent_aware)
-    losses = torch.zeros(sentences.count, sentences.longest, dtype=torch.float64)
-    shape_of = documents.token["shape"][documents.token["place"] == 0]
-    for number in shape_of.unique().tolist():
-        rows = (shape_of == number).nonzero()[:, 0]
-        shape = documents.shapes[number]
-        for place in range(len(shape.roles)):
-            law, _ = sentences.word_law(shape, place)
-            losses[rows, place] = -law[rows, sentences.ranks(shape, place)[rows]].log()
-    return losses[sentences.kept] + role_losses(grammar, documents)
 
 
 def held_out_with_references(process, sequences, context):
     """Held-out windows (corpus.held_out) of a grammar process with the losses of the reference predictors, in nats.
 
-    Fields syntax_only, latent_aware, role_loss and counts beside the documents' own: (sequences, context) float32 each. The counts
-    predictor's smoothing is fitted on the first training documents.
+    Fields syntax_only, latent_aware, role_loss and counts beside the documents' own: (sequences,
+    context) float32 each. The counts predictor's smoothing is fitted on the first training documents.
     """
     grammar = process.grammar
 
     def annotate(documents):
-        losses = {
-            name: token_losses(grammar, documents, name == "latent_aware")
-            for name in ("syntax_only", "latent_aware")
-        }
         return {
-            name: value.float()
-            for name, value in (losses | {"role_loss": role_losses(grammar, documents)}).items()
+            "syntax_only": token_losses(grammar, documents, latent_aware=False).float(),
+            "latent_aware": token_losses(grammar, documents).float(),
+            "role_loss": role_losses(grammar, documents).float(),
         }
 
     smoothing = fit_smoothing(windows(process, min(sequences, 128), context), grammar.sizes)
-    kept = held_out(process, sequences, context, annotate=annotate)
-    kept["counts"] = counts_losses(kept, grammar.sizes, smoothing, kept["role_loss"])
-    return kept
+    rows = held_out(process, sequences, context, annotate=annotate)
+    rows["counts"] = counts_losses(rows, grammar.sizes, smoothing, rows["role_loss"])
+    return rows
 
 
 # ---------------------------------------------------------------------- in-context counts
@@ -228,8 +214,9 @@ def held_out_with_references(process, sequences, context):
 def counts_losses(rows, role_sizes, smoothing, role_loss):
     """Loss of the in-context counts predictor for each token of windows `rows` (sequences, context), in nats.
 
-    It knows the syntax (`role_loss`, -log P(role | sentence so far), same shape) and predicts a word of role r by what
-    followed the same word earlier in this document, backing off to the document's counts of r, then to uniform:
+    It knows the syntax (`role_loss`, -log P(role | sentence so far), same shape) and predicts a word of
+    role r by what followed the same word earlier in this document, backing off to the document's
+    counts of r, then to uniform:
         p_role = (c(w) + b / n) / (c(r) + b),   p = (c(v, w) + a p_role) / (c(v, r) + a),
     with v the word before, n the words of the role (`role_sizes`), and smoothing = (a, b).
     """
@@ -242,37 +229,33 @@ def counts_losses(rows, role_sizes, smoothing, role_loss):
 
 def fit_smoothing(rows, role_sizes):
     """The (a, b) of least loss on windows `rows`, by a coarse-to-fine search over their logarithms."""
-    best, centre, radius = None, np.zeros(2), 4.0
+    least, best, radius = np.inf, np.zeros(2), 4.0
     zero = torch.zeros(rows["tokens"].shape)
     for _ in range(6):
-        for da in (-1, 0, 1):
-            for db in (-1, 0, 1):
-                point = centre + radius * np.array([da, db])
-                loss = float(counts_losses(rows, role_sizes, tuple(np.exp(point)), zero).mean())
-                if best is None or loss < best[0]:
-                    best = (loss, point)
-        centre, radius = best[1], radius / 2
-    return tuple(float(x) for x in np.exp(best[1]))
+        centre = best
+        for step in product((-1, 0, 1), repeat=2):
+            point = centre + radius * np.array(step)
+            loss = float(counts_losses(rows, role_sizes, tuple(np.exp(point)), zero).mean())
+            if loss < least:
+                least, best = loss, point
+        radius /= 2
+    return tuple(np.exp(best).tolist())
 
 
 def _matches(rows, chunk=64):
     """Counts, over earlier tokens of the same document, that the predictor needs: four (sequences, context) tensors."""
     parts = []
-    for start in range(0, len(rows["tokens"]), chunk):
-        token, role, document = (
-            rows[name][start : start + chunk] for name in ("tokens", "role", "document")
-        )
-        before = torch.nn.functional.pad(token[:, :-1], (1, 0), value=-1)
-        before = torch.where(rows["position"][start : start + chunk] == 0, -1, before)
-        earlier = torch.ones(token.shape[1], token.shape[1], dtype=torch.bool).tril(-1)
-        same_document = (document[:, :, None] == document[:, None, :]) & earlier
-        same_role = same_document & (role[:, :, None] == role[:, None, :])
-        same_word = same_role & (token[:, :, None] == token[:, None, :])
-        same_before = before[:, :, None] == before[:, None, :]
-        parts.append(
-            [
-                m.sum(-1).float()
-                for m in (same_role & same_before, same_role, same_word, same_word & same_before)
-            ]
-        )
-    return [torch.cat(part) for part in zip(*parts)]
+    for begin in range(0, len(rows["tokens"]), chunk):
+        part = {name: value[begin : begin + chunk] for name, value in rows.items()}
+        before = pad(part["tokens"][:, :-1], (1, 0), value=-1)
+        before = torch.where(part["position"] == 0, -1, before)
+        same_role = (_same(part["document"]) & _same(part["role"])).tril(-1)
+        same_word = same_role & _same(part["tokens"])
+        matches = (same_role & _same(before), same_role, same_word, same_word & _same(before))
+        parts.append(torch.stack([match.sum(-1).float() for match in matches]))
+    return torch.cat(parts, 1)
+
+
+def _same(field):
+    """Whether two places have the same value: (sequences, place, other place)."""
+    return field[:, :, None] == field[:, None, :]

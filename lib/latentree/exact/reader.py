@@ -1,21 +1,64 @@
 """The ideal reader: the best predictor of a corpus that begins each document knowing everything but its latents.
 
-Given the words seen, the maps of different roles are independent. For a role that follows no habit the posterior is
-exact (bayes.py). For one that does, each map is weighed by what followed what, with habits summed out exactly: given
-the map, the habit of each parent word has its own posterior over the child's words. Maps are enumerated where they are
-few; else a sample of uniformly random ones is weighed (importance sampling).
+Given the words seen, the maps of different roles are independent. For a role that follows no habit
+the posterior is exact (`posterior_frequencies`). For one that does, each map is weighed by what
+followed what, with habits summed out exactly: given the map, the habit of each parent word has its
+own posterior over the child's words. Maps are enumerated where they are few; else a sample of
+uniformly random ones is weighed (importance sampling).
 """
 
-from functools import cache, partial
+from functools import cache
 from itertools import permutations
 from math import factorial
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from latentree.data.grammar import LEVELS
 from latentree.data.sampler import GrammarProcess
-from latentree.exact.bayes import posterior_frequencies
+
+
+def posterior_frequencies(counts, law) -> torch.Tensor:
+    """E[frequency of each word | counts] (words,), float64: the exact predictive distribution of the next draw.
+
+    `counts` (words,) says how often each word was drawn; draws are independent from `law` (words,),
+    the frequencies by rank, after a uniformly random assignment of words to ranks.
+
+    The posterior is a sum over all permutations. Words seen equally often are interchangeable, so it
+    is enough to count how many of each kind the ranks 1, 2, ... have used up. With kinds k of n_k
+    words seen c_k times, the evidence is the coefficient of prod_k x_k^n_k in
+    prod_r sum_k x_k law_r^c_k; its derivative by log law_r^c_k is the expected number of words of
+    kind k at rank r.
+    """
+    law, counts = torch.as_tensor(law, dtype=torch.float64), torch.as_tensor(counts)
+    seen, kind, size = counts.unique(return_inverse=True, return_counts=True)
+    # The largest kind needs no axis of the table: it takes the ranks that the others leave.
+    order = size.argsort(descending=True)
+    log_term = (seen[order][:, None] * law.log()).requires_grad_()
+    # Prices of ranks and of kinds, under which the best assignment (most seen, most frequent) weighs
+    # 1 and no term more: the table stays within range however many words were seen, and the
+    # derivatives are as before.
+    level, place = law.log().sort(descending=True)
+    steps = counts.sort(descending=True).values[:-1] * level.diff()
+    price = torch.zeros_like(law).scatter(0, place[1:], steps.cumsum(0))
+    price = price + (log_term.detach() - price).max(1, keepdim=True).values
+    full = size[order][1:].tolist()
+    table = torch.zeros([n + 1 for n in full], dtype=torch.float64)
+    table[(0,) * len(full)] = 1.0
+    log_evidence = torch.zeros((), dtype=torch.float64)
+    for rank in range(len(law)):
+        term = (log_term[:, rank] - price[:, rank]).exp()
+        longer = table * term[0]
+        for axis, n in enumerate(full):
+            one_more = [0, 0] * len(full)
+            one_more[2 * (len(full) - 1 - axis)] = 1  # `pad` begins with the last axis
+            longer = longer + pad(table.narrow(axis, 0, n), one_more) * term[axis + 1]
+        scale = longer.detach().max()
+        table, log_evidence = longer / scale, log_evidence + scale.log()
+    (log_evidence + table[tuple(full)].log()).backward()
+    of_kind = torch.empty(len(size), dtype=torch.float64)
+    of_kind[order] = log_term.grad @ law / size[order]
+    return of_kind[kind]
 
 
 def reader_losses(
@@ -23,40 +66,31 @@ def reader_losses(
 ) -> torch.Tensor:
     """Loss of the ideal reader for each token of windows `rows` (sequence, position), in nats; role_loss of the same shape.
 
-    It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits, and which word
-    follows which in a sentence; of latents, what the tokens since the field `unit` last changed tell (put the
-    sentence's number there for a reader that forgets). Exact where no habits bind words or a role has at most `maps`
-    maps, as long as the roles so far say which word follows which (it is told), and a clause has each role once and is
-    finished before the next begins. Else the Monte Carlo error is that between two seeds; on average the loss is too
-    high, by about a quarter of the mean squared difference between two seeds' losses.
+    It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits, and
+    which word follows which in a sentence; of latents, what the tokens since the field `unit` last
+    changed tell (put the sentence's number there for a reader that forgets). Exact where no habits bind
+    words or a role has at most `maps` maps, as long as the roles so far say which word follows which
+    (it is told), and a clause has each role once and is finished before the next begins. Else the Monte
+    Carlo error is that between two seeds; on average the loss is too high, by about a quarter of the
+    mean squared difference between two seeds' losses.
 
-    ValueError if latents are redrawn in part or at several levels, or for shared tokens: this reader has no such
+    Raises ValueError if latents are redrawn in part or at several levels: this reader has no such
     latents.
     """
-    file = process.grammar.file
-    if [file.redraw.get(level, 0.0) for level in LEVELS if file.redraw.get(level)] != [
-        1.0
-    ] or file.shared > 0:
-        raise ValueError(
-            f"{process.name}: redraw is {file.redraw}, shared {file.shared}: the ideal reader is known where one "
-            "level redraws all latents and no token is shared; choose such a grammar"
-        )
-    grammar, shapes = process.grammar, process.documents([0]).shapes
-    begin, fields = _beginners(grammar, maps, seed), ("tokens", "role", "place", "shape", "unit")
+    grammar = process.grammar
+    _check_redrawn_as_a_whole(grammar)
+    shapes, choices = process.documents([0]).shapes, _maps_of(grammar, maps, seed)
+    begins = np.array([words[0] for words in grammar.words])
+    fields = ("tokens", "role", "place", "shape", "unit")
     losses = torch.zeros(rows["tokens"].shape, dtype=torch.float64)
-    number = np.zeros(
-        (len(grammar.roles), grammar.vocabulary_size), dtype=int
-    )  # of each token among its role's words
-    for r, tokens in enumerate(grammar.words):
-        number[r, tokens] = np.arange(len(tokens))
     for row, columns in enumerate(zip(*(rows[name].tolist() for name in fields))):
-        unit, known, words = None, {}, []
-        for at, (token, role, place, shape, here) in enumerate(zip(*columns)):
-            if here != unit:
-                unit, known = here, {name: new() for name, new in begin.items()}
-            words, word = words[:place], int(number[role, token])
-            losses[row, at] = -np.log(predicted(shapes[shape], words, known)[word])
-            learn(shapes[shape], words, word, known)
+        last_unit, known, words = None, {}, []
+        for at, (token, role, place, shape, unit) in enumerate(zip(*columns)):
+            if unit != last_unit:
+                last_unit, known = unit, _nothing_known(grammar, choices)
+            words, word = words[:place], int(token - begins[role])
+            losses[row, at] = -np.log(_predicted(shapes[shape], words, known)[word])
+            _learn(shapes[shape], words, word, known)
             words.append(word)
     return losses + role_loss
 
@@ -64,121 +98,137 @@ def reader_losses(
 def top_word(process, role: str):
     """A function for `annotate` of `corpus.windows`: the field top, the token of the role's first rank where a token stands.
 
-    ValueError unless one level redraws all maps, the role has one, and it follows no habit: the decoder is ideal there
-    only.
+    Raises ValueError unless one level redraws all maps, the role has one, and it follows no habit: the
+    decoder is ideal there only.
     """
     file = process.grammar.file
-    known = (
-        role in file.roles
-        and file.roles[role].has_map
-        and not (file.binding > 0 and role in file.habits)
-    )
-    if not known or [share for share in file.redraw.values() if share] != [1.0] or file.shared > 0:
+    _check_redrawn_as_a_whole(process.grammar)
+    if role not in file.roles or not file.roles[role].has_map or _is_bound(process.grammar, role):
         raise ValueError(
-            f"role = {role!r}: needs frequencies that differ, are redrawn as a whole at one level {file.redraw}, and "
-            f"no habit {file.habits}; choose another role or grammar"
+            f"role = {role!r}: needs frequencies that differ and no habit; choose another of "
+            f"{', '.join(file.roles)}"
         )
-    return lambda documents: {
-        "top": documents.maps[role][documents.token["unit"] % len(documents.maps[role]), 0]
-    }
+    return lambda documents: {"top": documents.maps[role][documents.token["unit"], 0]}
 
 
 def ideal_decoder(grammar, rows: dict, role: str) -> torch.Tensor:
     """Chance that the best reader of the tokens so far names the field `top` of windows `rows` rightly: (sequence, position).
 
-    It names the word of the role seen most often since the latents were drawn (the field unit), one at random of
-    several: swapping two words' ranks, the word seen more often is the more probable first rank. Ideal for independent
-    draws; where other roles' words follow this one's, at the ends of sentences.
+    It names the word of the role seen most often since the latents were drawn (the field unit), one at
+    random of several: swapping two words' ranks, the word seen more often is the more probable first
+    rank. Ideal for independent draws; where other roles' words follow this one's, at the ends of
+    sentences.
     """
     words = torch.as_tensor(grammar.words[grammar.roles.index(role)])
     found = torch.zeros(rows["tokens"].shape)
     for number, (tokens, unit, top) in enumerate(zip(rows["tokens"], rows["unit"], rows["top"])):
         seen = (tokens[:, None] == words).int().cumsum(0)
         begin = torch.searchsorted(unit, unit)  # units are numbered as they come
-        seen = seen - torch.nn.functional.pad(seen, (0, 0, 1, 0))[begin]
+        seen = seen - pad(seen, (0, 0, 1, 0))[begin]
         best = seen == seen.max(1, keepdim=True).values
         found[number] = (best & (words == top[:, None])).any(1) / best.sum(1)
     return found
 
 
-def predicted(shape, words, known) -> np.ndarray:
+def _check_redrawn_as_a_whole(grammar):
+    shares = [share for share in grammar.file.redraw.values() if share > 0]
+    if shares != [1.0]:
+        raise ValueError(
+            f"{grammar.name}: redraw is {grammar.file.redraw}: the ideal reader is known where one "
+            "level redraws all latents; choose another grammar"
+        )
+
+
+def _is_bound(grammar, role):
+    return grammar.file.binding > 0 and role in grammar.file.habits
+
+
+# ---------------------------------------------------------------------- one sentence
+
+
+def _predicted(shape, words, known) -> np.ndarray:
     """P(next word of its role) (size,) in a sentence of this Shape, after the words (numbers in their roles).
 
-    `known` {role: what is known of its words}. Messages pass along the habits, as in `predictors.predictive`.
+    `known` {role: what is known of its words}. Messages pass along the habits, as in `predictors`.
     """
     now = len(words)
 
-    def told_by(node, but=None):  # children that were seen, or have seen words below them
-        return [
-            c
-            for c, parent in enumerate(shape.binds_to)
-            if parent == node and c != but and (c < now or told_by(c))
-        ]
+    def told_by(node, but=None):
+        """Children that were seen, or have seen words below them."""
+        children = [c for c, parent in enumerate(shape.binds_to) if parent == node and c != but]
+        return [child for child in children if child < now or told_by(child)]
 
-    def down(node):
+    def from_above(node):
         parent, here = shape.binds_to[node], known[shape.roles[node]]
         if parent < now:
             return here.law(words[parent] if parent >= 0 else None)
-        above = down(parent)
-        for sibling in told_by(parent, node):
-            above = above * up(sibling, len(above))
+        above = from_above(parent)
+        for sibling in told_by(parent, but=node):
+            above = above * from_below(sibling, len(above))
         return above @ np.stack([here.law(word) for word in range(len(above))])
 
-    def up(node, size):
-        below = known[shape.roles[node]].law()
-        below = np.arange(len(below)) == words[node] if node < now else np.ones(len(below))
-        for child in told_by(node) if node >= now else ():
-            below = below * up(child, len(below))
-        return np.stack([known[shape.roles[node]].law(word) for word in range(size)]) @ below
+    def from_below(node, size):
+        here = known[shape.roles[node]]
+        laws = np.stack([here.law(word) for word in range(size)])  # by the parent's word
+        if node < now:
+            return laws[:, words[node]]
+        below = np.ones(laws.shape[1])
+        for child in told_by(node):
+            below = below * from_below(child, len(below))
+        return laws @ below
 
-    law = down(now)
+    law = from_above(now)
     for child in told_by(now):
-        law = law * up(child, len(law))
+        law = law * from_below(child, len(law))
     return law / law.sum()
 
 
-def learn(shape, words, word, known) -> None:
+def _learn(shape, words, word, known) -> None:
     """Take in the next `word` of a sentence: what it follows, and which of the words before it follow it."""
     now = len(words)
     parent = shape.binds_to[now]
     if parent < now:
         known[shape.roles[now]].learn(word, words[parent] if parent >= 0 else None)
-    for child in (c for c in range(now) if shape.binds_to[c] == now):
-        known[shape.roles[child]].learn(words[child], word)
+    for child in range(now):
+        if shape.binds_to[child] == now:
+            known[shape.roles[child]].learn(words[child], word)
+
+
+# ---------------------------------------------------------------------- what is known of a role's words
 
 
 @cache
-def frequency_of_count(counts: tuple, law: tuple) -> dict:
+def _frequency_of_count(counts: tuple, law: tuple) -> dict:
     """{count: expected frequency of a word seen so often} under an unknown map, from all words' counts (sorted)."""
     return dict(zip(counts, posterior_frequencies(counts, law).tolist()))
 
 
-class Free:
+class _Free:
     """What is known of the words of a role that follows no habit: how often each was seen."""
 
     def __init__(self, law_of_ranks):
-        self.law_of_ranks, self.counts = law_of_ranks, np.zeros(len(law_of_ranks), dtype=int)
+        self.law_of_ranks, self.counts = law_of_ranks, [0] * len(law_of_ranks)
 
     def law(self, parent=None):
         """P(word), exact: (size,)."""
-        counts = self.counts.tolist()
-        believed = frequency_of_count(tuple(sorted(counts)), self.law_of_ranks)
-        return np.array([believed[count] for count in counts])
+        believed = _frequency_of_count(tuple(sorted(self.counts)), self.law_of_ranks)
+        return np.array([believed[count] for count in self.counts])
 
     def learn(self, word, parent=None):
         """Count a word."""
         self.counts[word] += 1
 
 
-class Bound:
-    """What is known of the words of a role that follows habits: maps as frequencies (map, size), and their weights."""
+class _Bound:
+    """What is known of the words of a role that follows habits: maps as frequencies (map, size), and their weights.
+
+    habit[parent]: P(the word it calls for | map), (map, size).
+    """
 
     def __init__(self, maps, binding):
-        self.maps, self.binding, self.weight = maps, binding, np.full(len(maps), 1 / len(maps))
-        self.habit, self.own = (
-            {},
-            self.weight @ maps,
-        )  # habit[parent]: P(the word it calls for | map), (map, size)
+        self.maps, self.binding, self.habit = maps, binding, {}
+        self.weight = np.full(len(maps), 1 / len(maps))
+        self.own = self.weight @ maps
 
     def law(self, parent=None):
         """P(word | the word it follows, None: no word): (size,)."""
@@ -192,31 +242,40 @@ class Bound:
         if parent is not None:
             habit = self.habit.get(parent, self.maps)
             drawn = (1 - self.binding) * self.maps[:, word]
-            likelihood = drawn + self.binding * habit[:, word]
-            self.habit[parent] = habit * (drawn / np.maximum(likelihood, 1e-300))[:, None]
-            self.habit[parent][:, word] += (
-                self.binding * habit[:, word] / np.maximum(likelihood, 1e-300)
-            )
+            called = self.binding * habit[:, word]
+            likelihood = drawn + called
+            evidence = np.maximum(likelihood, 1e-300)
+            self.habit[parent] = habit * (drawn / evidence)[:, None]
+            self.habit[parent][:, word] += called / evidence
         self.weight = self.weight * likelihood
         self.weight /= self.weight.sum()
         self.own = self.weight @ self.maps
 
 
-def _beginners(grammar, maps, seed):
-    """For each role a function that gives what is known of its words before any was seen."""
-    draw, begin = np.random.default_rng(seed), {}
+def _maps_of(grammar, count, seed):
+    """For each role that follows habits, its maps as frequencies (map, size): all, or about `count` random ones."""
+    draw, maps = np.random.default_rng(seed), {}
     for role, law in zip(grammar.roles, grammar.frequencies):
-        if role not in grammar.file.habits or grammar.file.binding == 0:
-            begin[role] = partial(Free, tuple(law.tolist()))
+        if not _is_bound(grammar, role):
             continue
         if law.max() == law.min():
-            frequencies = law[None]
-        elif factorial(len(law)) <= maps:
-            frequencies = np.array(list(permutations(law)))
+            maps[role] = law[None]
+        elif factorial(len(law)) <= count:
+            maps[role] = np.array(list(permutations(law)))
         else:
-            some = draw.permuted(
-                np.tile(law, (-(-maps // len(law)), 1)), axis=1
-            )  # all turns of them: no word is favoured
-            frequencies = np.concatenate([np.roll(some, turn, axis=1) for turn in range(len(law))])
-        begin[role] = partial(Bound, frequencies, grammar.file.binding)
-    return begin
+            some = np.tile(law, (-(-count // len(law)), 1))
+            some = draw.permuted(some, axis=1)
+            # With all turns of each, no word is favoured.
+            maps[role] = np.concatenate([np.roll(some, turn, 1) for turn in range(len(law))])
+    return maps
+
+
+def _nothing_known(grammar, maps):
+    """What is known of each role's words before any was seen."""
+    known = {}
+    for role, law in zip(grammar.roles, grammar.frequencies):
+        if role in maps:
+            known[role] = _Bound(maps[role], grammar.file.binding)
+        else:
+            known[role] = _Free(tuple(law.tolist()))
+    return known

@@ -11,9 +11,9 @@ import torch
 from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
 from latentree.data.grammar import Grammar
 from latentree.data.sampler import GrammarProcess
-from latentree.exact.bayes import posterior_frequencies
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import predictive
+from latentree.exact.reader import posterior_frequencies
 
 _FIRST_LATENT = 1_000_000  # held-out latents from here on: no other measurement has them
 _EVERY = 16  # in text without roles every so many tokens are a query
@@ -208,7 +208,7 @@ def ideal_divergence(contexts: Contexts, groups) -> torch.Tensor:
     """KL in nats (group,) from the latent-aware prediction to an ideal reader's, exact.
 
     Each of `groups` is a list of queries of one latent: the reader has seen their contexts up to
-    there, knows the grammar, and predicts the word after the state (bayes.py). ValueError for a
+    there, knows the grammar, and predicts the word after the state (exact/reader.py). ValueError for a
     grammar with binding, where words are not independent draws.
     """
     corpus, grammar = contexts.corpus, contexts.corpus.grammar

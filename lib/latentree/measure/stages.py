@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 
 from latentree.data.corpus import HELD_OUT, held_out
-from latentree.data.grammar import LEVELS, Grammar
+from latentree.data.grammar import Grammar
+from latentree.data.grammar_file import LEVELS
 from latentree.data.sampler import GrammarProcess
 from latentree.evidence.curves import Curve, sequence_sums
 from latentree.exact.predictors import predictive
