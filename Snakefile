@@ -112,7 +112,7 @@ rule train:
         launch=f"-m accelerate.commands.launch --num_processes {GPUS}" if GPUS > 1 else "",
         out=OUT,
     shell:
-        "{params.python:q} {params.launch} -m latentree.train.launch --params {input.params:q}"
+        "{params.python:q} {params.launch} -m latentree.train.jobs --params {input.params:q}"
         " --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
 
 

@@ -134,7 +134,7 @@ def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tm
         for *_, needs in trainings
     )
     assert (
-        told.count("accelerate.commands.launch --num_processes 2 -m latentree.train.launch") == 21
+        told.count("accelerate.commands.launch --num_processes 2 -m latentree.train.jobs") == 21
     )
     notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told).group(1)
     assert notebook.count("run_card.json") == 21

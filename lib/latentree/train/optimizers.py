@@ -1,4 +1,4 @@
-"""AdamW for every parameter, or Muon for the hidden matrices and AdamW for the rest; and the learning-rate schedule."""
+"""AdamW for every parameter, or Muon for the hidden matrices and AdamW for the rest; the schedule."""
 
 import math
 from collections import defaultdict
@@ -6,12 +6,12 @@ from collections import defaultdict
 import torch
 
 # Coefficients of the quintic Newton-Schulz iteration: K. Jordan, "Muon" (2024), as in torch.optim.Muon.
-QUINTIC = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
 
 
 def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
-    """The optimizers of a `TrainingConfig`; each group keeps the learning rate it peaks at under "peak".
+    """The optimizers of a `TrainingConfig`; each group keeps the rate it peaks at under "peak".
 
     Weight decay applies to matrices and embeddings, not to gains and biases.
     """
@@ -22,17 +22,13 @@ def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     betas = (config.beta1, config.beta2)
     # One fused kernel for all parameters: a third of the time of the loop over them on a CPU.
-    optimizers = [
-        torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, fused=True
-        )
-    ]
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
     if muon:
-        optimizers.append(
-            BatchedMuon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-        )
+        rate, decay = config.muon_learning_rate, config.weight_decay
+        optimizers.append(BatchedMuon(muon, lr=rate, weight_decay=decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -41,23 +37,19 @@ def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
 
 def hidden_matrices(model) -> list[torch.nn.Parameter]:
     """The matrices between the embeddings (of tokens and of positions) and the unembedding."""
-    outside = {
-        id(p)
-        for part in model.modules()
-        if isinstance(part, torch.nn.Embedding)
-        for p in part.parameters()
-    }
-    outside.add(id(model.get_output_embeddings().weight))
-    return [
-        p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in outside
-    ]
+    outside = {id(model.get_output_embeddings().weight)}
+    for part in model.modules():
+        if isinstance(part, torch.nn.Embedding):
+            outside.add(id(part.weight))
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    return [p for p in matrices if id(p) not in outside]
 
 
 def rate_share(step: int, steps: int, warmup: float, schedule: str) -> float:
     """Share of the peak learning rate at step `step` (from 0) of `steps`.
 
-    It rises linearly over the first `warmup` (a fraction) of the steps, is 1 at the last of them, and then falls,
-    linearly or as half a cosine, to the 0 that step `steps` would have.
+    It rises linearly over the first `warmup` (a fraction) of the steps, is 1 at the last of them,
+    and then falls, linearly or as half a cosine, to the 0 that step `steps` would have.
     """
     warm = round(warmup * steps)
     if step < warm:
@@ -66,11 +58,11 @@ def rate_share(step: int, steps: int, warmup: float, schedule: str) -> float:
     return 1 - gone if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * gone))
 
 
-def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """Each of (matrix, short side, long side) with its singular values brought near 1, its singular vectors kept."""
-    a, b, c = QUINTIC
+def _orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
+    """Each matrix (matrix, short side, long side) with its singular values brought near 1."""
+    a, b, c = _QUINTIC
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -79,7 +71,7 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
 class BatchedMuon(torch.optim.Muon):
     """torch's Muon, but matrices of equal shape are orthogonalised together, in float32.
 
-    torch takes them one by one in bfloat16, which for the small matrices here costs four times as much on a CPU.
+    torch takes them one by one in bfloat16: four times as slow for the small matrices here on a CPU.
     """
 
     @torch.no_grad()
@@ -91,9 +83,9 @@ class BatchedMuon(torch.optim.Muon):
                 if matrix.grad is not None:
                     batches[tuple(sorted(matrix.shape))].append(matrix)
             for matrices in batches.values():
-                self.update(matrices, group)
+                self._update(matrices, group)
 
-    def update(self, matrices, group):
+    def _update(self, matrices, group):
         """Update `matrices`, of one shape up to transposition."""
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
@@ -101,13 +93,12 @@ class BatchedMuon(torch.optim.Muon):
         gradients = [matrix.grad for matrix in matrices]
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = (
-            torch._foreach_lerp(gradients, momenta, group["momentum"])
-            if group["nesterov"]
-            else momenta
-        )
+        updates = momenta
+        if group["nesterov"]:
+            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
         tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
-        directions = orthogonalised(torch.stack([u.T if t else u for u, t in zip(updates, tall)]))
+        lying = [u.T if t else u for u, t in zip(updates, tall)]
+        directions = _orthogonalised(torch.stack(lying))
         for matrix, direction, t in zip(matrices, directions, tall):
             matrix.mul_(1 - group["lr"] * group["weight_decay"])
             scale = math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))

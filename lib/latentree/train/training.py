@@ -1,54 +1,37 @@
-"""Training a small causal model on a corpus stream: one loop, exact resume, checkpoints, tables of losses in nats."""
+"""Training a small causal model on a corpus: one loop, exact resume, checkpoints, losses in nats."""
 
-import difflib
 import hashlib
 import json
 import math
 import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
-from pydantic import (
-    BaseModel,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from tqdm.auto import tqdm
 
 from latentree.data.corpus import Stream
-from latentree.data.files import read_json, write_text
-from latentree.data.progress import Reporter
-from latentree.series.checkpoints import IDENTITY, checkpoint_steps, remove_partial, save_checkpoint
-from latentree.train.model import build_model, check_sizes, next_token_losses, parameter_count
+from latentree.data.files import write_text
+from latentree.series.checkpoints import IDENTITY, checkpoint_steps, read_identity, save_checkpoint
+from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
-from latentree.train.state import (
-    Progress,
-    alone,
-    check_folder,
-    full_disk_told,
-    keep_freed_memory,
-    load_state,
-    remove_states,
-    save_state,
-)
 
-LOG_ROWS = 500  # rows of losses.csv, about
-TABLES = ("losses.csv", "held_out.csv", "held_out_by_position.csv")
 CARD = "run_card.json"  # written last: its presence says that the training is finished
+STATE = "state.pt"  # where an interrupted training goes on
+_LOG_ROWS = 500  # rows of losses.csv, about
 
 
 class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
-    """Everything that decides how a model is trained. ValueError, in one line, for a setting that cannot be."""
+    """Everything that decides how a model is trained. ValueError for a setting that cannot be."""
 
     architecture: str = "llama"
     layers: PositiveInt = 4
@@ -70,288 +53,255 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     checkpoints_even: NonNegativeInt = 10
     checkpoints_log: NonNegativeInt = 10
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights
-    precision: Literal["float32", "bfloat16"] = (
-        "float32"  # bfloat16: by autocast, the weights stay float32
-    )
-    micro_batches: PositiveInt = (
-        1  # parts that a process's sequences of a step run in, one after the other: less memory
-    )
-    compiled: bool = (
-        False  # the model by torch.compile: faster on a GPU, after a minute; changes rounding only
-    )
-    state_every_seconds: NonNegativeFloat = (
-        60.0  # at most so much is lost when killed; changes no result
-    )
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the runs; weights stay float32
+    micro_batches: PositiveInt = 1  # parts that a step's sequences run in: less memory
+    compiled: bool = False  # by torch.compile: faster on a GPU; changes rounding only
+    state_every_seconds: NonNegativeFloat = 60.0  # so much is lost at most when killed
 
-    def __init__(self, **settings):
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name, value = str(first["loc"][0]), first["input"]
-            near = difflib.get_close_matches(name, type(self).model_fields, n=1, cutoff=0)[0]
-            mend = (
-                f"is no setting; did you mean {near}?"
-                if first["type"] == "extra_forbidden"
-                else first["msg"]
-            )
-            raise ValueError(f"{name} = {value!r}: {mend[0].lower()}{mend[1:]}") from None
+    @classmethod
+    def like(cls, identity: dict, **changes) -> "TrainingConfig":
+        """The settings of a run (its series' `identity`), some of them changed."""
+        known = {name: identity[name] for name in cls.model_fields if name in identity}
+        return cls(**known | changes)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch_sequences * self.context
 
     @property
     def steps(self) -> int:
         """Optimizer steps in the whole training."""
-        return math.ceil(self.tokens / (self.batch_sequences * self.context))
+        return math.ceil(self.tokens / self.step_tokens)
 
     def sizes(self) -> dict:
         """The arguments of `build_model` that are settings here."""
-        return self.model_dump(
-            include={"architecture", "layers", "width", "heads", "context", "mlp_width"}
-        )
+        names = {"architecture", "layers", "width", "heads", "context", "mlp_width"}
+        return self.model_dump(include=names)
 
 
-def train(
-    config, process, held_out, folder, stream=None, device="auto", progress=True
-) -> pd.DataFrame:
-    """Train a model on `process` in `folder`; start again after any interruption and it goes on, exactly.
+def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
+    """Train a model on `corpus` in `folder`; started again after any interruption, it goes on exactly.
 
-    `held_out` is (sequences, context) tokens; `stream` gives batches of (rows, context) tokens, by default of
-    `process`; `device` is auto, cpu or cuda; `progress` is whether to show it, or what is told instead (see Reporter).
-    Returns losses.csv: step, tokens, loss (nats a token, the mean since the row before) and learning_rate. The folder
-    also gets held_out.csv (step, tokens, loss, standard_error over sequences), held_out_by_position.csv (step, position,
-    loss of predicting the token after it), the checkpoints step-*, and run_card.json. A finished training is not repeated.
+    `held_out` is (sequences, context) tokens; `device` is auto, cpu or cuda; `tell(tokens)` is
+    called after each step, by default to draw a bar.
 
-    ValueError if the settings, data and folder do not fit together, if the loss stops being finite, or if the disk is
-    full; the last good checkpoint and state stay.
+    Returns losses.csv: step, tokens, loss (nats a token, the mean since the row before) and
+    learning_rate. The folder also gets held_out.csv (step, tokens, loss, standard_error over
+    sequences), the checkpoints step-*, and run_card.json. A finished training is not repeated.
+
+    ValueError if the settings do not fit together, if `folder` holds another training, or if a loss
+    is not finite; the last good checkpoint and state stay.
     """
     folder = Path(folder)
-    identity = check_run(config, process, held_out, folder, device)
+    identity = check_run(config, corpus, held_out, folder)
     if (folder / CARD).exists():
-        remove_states(folder)
+        (folder / STATE).unlink(missing_ok=True)
         return pd.read_csv(folder / "losses.csv")
-    # Accelerate remembers the first precision and device of a process; a notebook trains several models.
-    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get("WORLD_SIZE", 1)) == 1)
-    no_gpu = (
-        device == "cpu" or not torch.cuda.is_available()
-    )  # said to Accelerate, or it sees each of several processes as alone
-    accelerator = Accelerator(
-        cpu=no_gpu, mixed_precision={"float32": "no", "bfloat16": "bf16"}[config.precision]
-    )
-    rows, left = divmod(config.batch_sequences, accelerator.num_processes)
-    if left:
-        raise ValueError(
-            f"batch_sequences = {config.batch_sequences}: does not divide over {accelerator.num_processes} processes; "
-            f"give a multiple of {accelerator.num_processes}"
-        )
-    with alone(folder), full_disk_told(folder), no_memory_told(config):
-        if accelerator.is_main_process:
-            remove_partial(folder)
-            write_text(folder / IDENTITY, json.dumps(identity, indent=1))
-        accelerator.wait_for_everyone()
-        if stream is None:
-            first = rows * accelerator.process_index
-            options = {"first_row": first, "total_rows": config.batch_sequences}
-            stream = Stream(process, rows, config.context, device=accelerator.device, **options)
-        loop(config, process, held_out, folder, stream, accelerator, progress)
+    accelerator = _accelerator(config, device)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=5)
+    with lock if accelerator.is_main_process else nullcontext():
+        _loop(config, corpus, held_out, folder, identity, accelerator, tell)
     return pd.read_csv(folder / "losses.csv")
 
 
-@contextmanager
-def no_memory_told(config):
-    """A model that does not fit the memory becomes a ValueError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(
-            error, (MemoryError, torch.OutOfMemoryError)
-        ) and "can't allocate memory" not in str(error):
-            raise
+def check_run(config, corpus, held_out, folder) -> dict:
+    """The identity of a run: what is trained on what. ValueError if `folder` holds another run."""
+    if held_out.shape[1] != config.context:
         raise ValueError(
-            f"layers = {config.layers}, width = {config.width}, context = {config.context}, batch_sequences = "
-            f"{config.batch_sequences}: do not fit the memory; give more micro_batches, or smaller numbers"
-        ) from None
+            f"held_out: has sequences of {held_out.shape[1]} tokens; give context = {config.context}"
+        )
+    tokens = held_out.cpu().long().numpy().tobytes()
+    identity = {
+        "corpus": corpus.name,
+        "grammar": corpus.digest,
+        "held_out": hashlib.sha256(tokens).hexdigest()[:16],
+    }
+    identity |= config.model_dump(exclude={"state_every_seconds", "compiled"})
+    there = read_identity(folder) if (folder / IDENTITY).exists() else identity
+    different = [name for name in identity | there if there.get(name) != identity.get(name)]
+    if different:
+        raise ValueError(
+            f"{folder}: holds a training with other {', '.join(different)}; name a new folder, "
+            "or remove this one"
+        )
+    return identity
 
 
-def loop(config, process, held_out, folder, stream, accelerator, show):
+def _accelerator(config, device) -> Accelerator:
+    """Devices and processes, as Accelerate finds them."""
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("device = 'cuda': torch sees no GPU here; give auto or cpu")
+    # Accelerate remembers the first precision and device; a notebook trains several models.
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    precision = "bf16" if config.precision == "bfloat16" else "no"
+    return Accelerator(cpu=device == "cpu" or not gpu, mixed_precision=precision)
+
+
+def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     """The training itself, from the latest state in `folder` if there is one."""
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    rows, left = divmod(config.batch_sequences, accelerator.num_processes)
+    if left:
+        raise ValueError(
+            f"batch_sequences = {config.batch_sequences}: does not divide over "
+            f"{accelerator.num_processes} processes; give a multiple of them"
+        )
+    first, device = rows * accelerator.process_index, accelerator.device
+    stream = Stream(corpus, rows, config.context, device, first, config.batch_sequences)
     model = build_model(
-        vocabulary_size=process.vocabulary_size, seed=config.seed, end=process.end, **config.sizes()
+        vocabulary_size=corpus.vocabulary_size, seed=config.seed, end=corpus.end, **config.sizes()
     )
-    parameters = parameter_count(model)
+    card = {"corpus": corpus.name, "parameters": model.num_parameters()}
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
     forward = torch.compile(model) if config.compiled else model
-    held_out = held_out.to(accelerator.device)
-    run = Progress()
-    accelerator.register_for_checkpointing(run)
-    load_state(accelerator, stream, folder)
+    held_out = held_out.to(device)
+    run = SimpleNamespace(step=0, seconds=0.0, losses=[], held_out=[])
+    _load_state(accelerator, folder, model, optimizers, stream, run)
 
-    batch_tokens = config.batch_sequences * config.context
-    checkpoints = set(
-        checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log)
-    )
-    log_every = max(1, config.steps // LOG_ROWS)
-    window, started, saved = [], time.monotonic() - run.seconds, time.monotonic()
-    shown = bool(show) and accelerator.is_main_process
-    report = (
-        show
-        if callable(show)
-        else Reporter(
-            process.name, config.steps * batch_tokens, run.step * batch_tokens, "tokens", shown
-        )
-    )
+    checkpoints = checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log)
+    log_every = max(1, config.steps // _LOG_ROWS)
+    window = []
+    started, saved = time.monotonic() - run.seconds, time.monotonic()
+    if tell is None:
+        total = config.steps * config.step_tokens
+        hidden = not accelerator.is_main_process
+        bar = tqdm(desc=corpus.name, total=total, unit=" tokens", unit_scale=True, disable=hidden)
+        tell = bar.update
+    tell(run.step * config.step_tokens)
     if run.step == 0:
-        record(run, config, accelerator, model, held_out, folder)
+        if accelerator.is_main_process:  # all that could have failed is made by now
+            folder.mkdir(exist_ok=True)
+            write_text(folder / IDENTITY, json.dumps(identity, indent=1))
+        _record(run, config, accelerator, model, held_out, folder)
 
     while run.step < config.steps:
         share = rate_share(run.step, config.steps, config.warmup, config.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-        loss = backward(
-            accelerator, model, forward, stream.next_batch().chunk(config.micro_batches)
-        )
+        parts = stream.next_batch().chunk(config.micro_batches)
+        loss = _backward(accelerator, model, forward, parts)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         run.step += 1
         window.append(loss)
+        tell(config.step_tokens)
         if run.step % log_every and run.step not in checkpoints:
             continue
 
         mean = accelerator.reduce(torch.stack(window).mean(), "mean").item()
         window = []
         # A gradient that is not finite has just spoilt the weights, before any loss shows it.
-        check_finite(mean + float(norm), run.step, folder)
-        run.losses.append((run.step, run.step * batch_tokens, mean, config.learning_rate * share))
+        _check_finite(mean + float(norm), run.step, folder)
+        tokens = run.step * config.step_tokens
+        run.losses.append((run.step, tokens, mean, config.learning_rate * share))
         run.seconds = time.monotonic() - started
-        report(run.step * batch_tokens, f"loss {mean:.3f} nats")
         if run.step in checkpoints:
-            record(run, config, accelerator, model, held_out, folder)
+            _record(run, config, accelerator, model, held_out, folder)
         late = broadcast_object_list([time.monotonic() - saved > config.state_every_seconds])[0]
         if run.step in checkpoints or late:
-            save_state(accelerator, stream, folder, run.step)
+            _save_state(accelerator, folder, model, optimizers, stream, run)
             saved = time.monotonic()
 
-    report.close()
     if accelerator.is_main_process:
-        seconds = round(run.seconds, 1)
-        speed = round(config.steps * batch_tokens / max(run.seconds, 1e-9))
-        card = {
-            "corpus": process.name,
-            "parameters": parameters,
-            "tokens": config.steps * batch_tokens,
-        }
-        card |= {"seconds": seconds, "tokens_per_second": speed, "device": str(accelerator.device)}
-        card |= {"processes": accelerator.num_processes, "threads": torch.get_num_threads()}
+        card["tokens"] = config.steps * config.step_tokens
+        card["seconds"] = round(run.seconds, 1)
+        card["tokens_per_second"] = round(card["tokens"] / max(run.seconds, 1e-9))
+        card["device"] = str(accelerator.device)
+        card["processes"] = accelerator.num_processes
+        card["threads"] = torch.get_num_threads()
         write_text(folder / CARD, json.dumps(card, indent=1))
-        remove_states(folder)
+        (folder / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
 
 
-def backward(accelerator, model, forward, parts):
-    """Gradients of the mean loss over all of a step's `parts`, (rows, context) tokens each; processes meet at the last one.
+def _backward(accelerator, model, forward, parts):
+    """Gradients of the mean loss over a step's `parts`, (rows, context) tokens each; the loss.
 
-    `forward` is the `model`, or what torch.compile made of it. Returns the loss, on the device.
+    Processes meet at the last part. `forward` is the `model`, or what torch.compile made of it.
     """
     total = 0
     for number, part in enumerate(parts, 1):
         with nullcontext() if number == len(parts) else accelerator.no_sync(model):
             share = len(part) / sum(map(len, parts))
-            loss = (
-                next_token_losses(forward(input_ids=part, use_cache=False).logits, part).mean()
-                * share
-            )
+            logits = forward(input_ids=part, use_cache=False).logits
+            loss = next_token_losses(logits, part).mean() * share
             accelerator.backward(loss)
         total = total + loss.detach()
     return total
 
 
-@torch.no_grad()
-def evaluate(model, tokens, rows):
-    """`next_token_losses` on held-out `tokens`, `rows` sequences at a time, as float64 on the CPU."""
-    model.eval()
-    losses = [
-        next_token_losses(model(input_ids=chunk, use_cache=False).logits, chunk).double().cpu()
-        for chunk in tokens.split(rows)
-    ]
-    model.train()
-    return torch.cat(losses)
-
-
-def record(run, config, accelerator, model, held_out, folder):
-    """Evaluate the model on held-out tokens, save it as a checkpoint and write all tables, in the main process."""
+def _record(run, config, accelerator, model, held_out, folder):
+    """Evaluate the model on held-out tokens, save it as a checkpoint, and write both tables."""
     if accelerator.is_main_process:
-        unwrapped = accelerator.unwrap_model(model)
-        losses = evaluate(unwrapped, held_out, config.batch_sequences)
-        check_finite(losses.sum().item(), run.step, folder)
-        means, tokens = losses.mean(1), run.step * config.batch_sequences * config.context
-        run.held_out.append(
-            (run.step, tokens, means.mean().item(), means.std().item() / len(means) ** 0.5)
-        )
-        run.by_position += [
-            (run.step, position, loss) for position, loss in enumerate(losses.mean(0).tolist())
-        ]
-        save_checkpoint(unwrapped, folder, run.step)
-        write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
-        write_table(folder / "held_out.csv", run.held_out, "step tokens loss standard_error")
-        write_table(folder / "held_out_by_position.csv", run.by_position, "step position loss")
+        model = accelerator.unwrap_model(model)
+        losses = evaluate(model, held_out, config.batch_sequences)
+        model.train()
+        _check_finite(losses.sum().item(), run.step, folder)
+        means, tokens = losses.mean(1), run.step * config.step_tokens
+        error = means.std().item() / len(means) ** 0.5
+        run.held_out.append((run.step, tokens, means.mean().item(), error))
+        save_checkpoint(model, folder, run.step)
+        _write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
+        _write_table(folder / "held_out.csv", run.held_out, "step tokens loss standard_error")
     accelerator.wait_for_everyone()
 
 
-def write_table(path, rows, columns):
+@torch.no_grad()
+def evaluate(model, tokens, rows: int = 64) -> torch.Tensor:
+    """Losses in nats of predicting each next token of `tokens` (sequences, context), on the CPU.
+
+    They are (sequences, context - 1) in float64; `rows` sequences are run at a time.
+    """
+    model.eval()
+    losses = []
+    for part in tokens.to(model.device).split(rows):
+        logits = model(input_ids=part, use_cache=False).logits
+        losses.append(next_token_losses(logits, part).double().cpu())
+    return torch.cat(losses)
+
+
+def _write_table(path, rows, columns):
     """Write tuples as a CSV file, whole or not at all; a float reads back as it was."""
     write_text(path, pd.DataFrame(rows, columns=columns.split()).to_csv(index=False))
 
 
-def check_finite(loss, step, folder):
-    """Raises ValueError if a loss, or whatever is added to it, is not finite."""
+def _check_finite(loss, step, folder):
+    """ValueError if a loss, or whatever is added to it, is not finite."""
     if not math.isfinite(loss):
         raise ValueError(
-            f"loss: not finite at step {step} in {folder}; give a lower learning rate or a longer warmup, and a new folder "
-            f"(the checkpoints before it are kept)"
+            f"loss: not finite at step {step} in {folder}; give a lower learning rate or a longer "
+            "warmup, and a new folder (the checkpoints before it are kept)"
         )
 
 
-def check_run(config, process, held_out, folder, device) -> dict:
-    """The identity of a run: what is trained on what. ValueError if it cannot be trained, or not in `folder`."""
-    check_sizes(vocabulary_size=process.vocabulary_size, end=process.end, **config.sizes())
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device = {device!r}: is not known; give auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': torch sees no GPU here; give auto or cpu")
-    shape = tuple(held_out.shape)
-    if (
-        len(shape) != 2
-        or shape[0] < 2
-        or shape[1] != config.context
-        or held_out.is_floating_point()
-    ):
-        raise ValueError(
-            f"held_out: is {held_out.dtype} {shape}; give whole numbers (sequences, context) with 2 sequences or more of "
-            f"{config.context} tokens"
-        )
-    if not 0 <= held_out.min() <= held_out.max() < process.vocabulary_size:
-        raise ValueError(
-            f"held_out: has tokens from {held_out.min()} to {held_out.max()}; give ids below the vocabulary_size "
-            f"{process.vocabulary_size} of {process.name}"
-        )
-    identity = {
-        "corpus": process.name,
-        "vocabulary_size": process.vocabulary_size,
-        "end": process.end,
-    }
-    identity |= {
-        "held_out": hashlib.sha256(held_out.cpu().long().numpy().tobytes()).hexdigest()[:16]
-    }
-    identity |= config.model_dump(exclude={"state_every_seconds", "compiled"})
-    check_folder(folder, identity)
-    if (folder / CARD).exists():
-        read_json(folder / CARD, "remove it to train again")
-        for table in TABLES:
-            if not (folder / table).is_file():
-                raise ValueError(
-                    f"{folder}: is finished, but its {table} is gone; remove {CARD} to train again"
-                )
-    return identity
+def _save_state(accelerator, folder: Path, model, optimizers, stream, run) -> None:
+    """Keep all that the loop needs to go on exactly, in one file: whole or not at all."""
+    streams = gather_object([stream.state_dict()])
+    if accelerator.is_main_process:
+        state = {
+            "model": accelerator.unwrap_model(model).state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "streams": streams,
+            "run": vars(run),
+        }
+        partial = folder / f".{STATE}.tmp"
+        torch.save(state, partial)
+        os.replace(partial, folder / STATE)
+    accelerator.wait_for_everyone()
+
+
+def _load_state(accelerator, folder: Path, model, optimizers, stream, run) -> None:
+    """Go on from the state in `folder`, if there is one, in as many processes as saved it."""
+    if (folder / STATE).exists():
+        state = torch.load(folder / STATE, map_location="cpu")
+        accelerator.unwrap_model(model).load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        stream.load_state_dict(state["streams"][accelerator.process_index])
+        vars(run).update(state["run"])

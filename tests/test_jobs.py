@@ -1,0 +1,148 @@
+"""Several trainings at once are the same as one after the other, and end with what started them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+from latentree.data.corpus import held_out, load_corpus
+from latentree.data.two_level import TwoLevel
+from latentree.series.checkpoints import LocalSeries
+from latentree.train.jobs import main, plan, train_all
+from latentree.train.training import CARD, STATE, TrainingConfig, train
+
+SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}
+SMALL |= {"checkpoints_even": 1, "checkpoints_log": 0}
+
+
+def jobs_in(folder, tokens=1280):
+    corpora = [load_corpus("bound"), TwoLevel(segments=4)]
+    return plan(corpora, [tokens] * 2, [0], folder, held_out_sequences=4, **SMALL)
+
+
+def weights(folder):
+    series = LocalSeries(folder)
+    step = f"step-{series.steps[-1]:08d}"
+    return (folder / step / "model.safetensors").read_bytes()
+
+
+def test_side_by_side_or_alone_the_models_are_the_same_and_one_may_fail(tmp_path):
+    jobs = jobs_in(tmp_path)
+    config, *rest = jobs[tmp_path / "bound" / "seed-0"]
+    rates = {"learning_rate": 1e30, "muon_learning_rate": 1e30}
+    bad = {tmp_path / "bad": (config.model_copy(update=rates), *rest)}
+    with pytest.raises(ValueError, match="not finite at step"):
+        train_all(bad | jobs)
+    assert not (tmp_path / "bad" / CARD).exists()
+    for folder, job in jobs.items():
+        alone = tmp_path / "alone" / folder.parent.name
+        assert train(*job, alone, "cpu").equals(pd.read_csv(folder / "losses.csv"))
+        assert weights(folder) == weights(alone)
+    before = [(folder / CARD).stat().st_mtime_ns for folder in jobs]
+    train_all(jobs)
+    assert before == [(folder / CARD).stat().st_mtime_ns for folder in jobs]
+
+
+def test_all_are_checked_before_one_starts(tmp_path):
+    jobs = jobs_in(tmp_path)
+    last = list(jobs)[-1]
+    config, corpus, unseen = jobs[last]
+    jobs[last] = config, corpus, unseen[:, :5]
+    with pytest.raises(ValueError, match="held_out: has sequences of 5 tokens"):
+        train_all(jobs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trainings_end_when_the_process_that_started_them_is_killed(tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import sys, pathlib, test_jobs\n"
+        "if __name__ == '__main__':\n"
+        "    jobs = test_jobs.jobs_in(pathlib.Path(sys.argv[1]), 10**8)\n"
+        "    test_jobs.train_all(jobs)\n"
+    )
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = [sys.executable, str(script), str(tmp_path)]
+    parent = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+    while not (tmp_path / "bound" / "seed-0" / "step-00000000").exists():
+        assert parent.poll() is None
+        time.sleep(0.2)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert children and not alive
+
+
+# ---------------------------------------------------------------------- the command
+
+
+TINY = {
+    "corpora": ["bound", "bound-flat"],
+    "tokens": [40 * 4 * 32, 512],
+    "seeds": [0, 1],
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "context": 32,
+    "batch_sequences": 4,
+    "checkpoint_count": 3,
+    "held_out_sequences": 4,
+}
+
+
+def command(folder, *more, **changes):
+    """The arguments of `python -m latentree.train.jobs`, with a parameter file in `folder`."""
+    (folder / "params.yaml").write_text(yaml.safe_dump(TINY | changes))
+    return ["--params", str(folder / "params.yaml"), "--out", str(folder), *more]
+
+
+def test_one_of_several_trainings_is_started_with_its_own_settings(tmp_path):
+    main(command(tmp_path, "--corpus", "bound-flat", "--seed", "1"))
+    (card,) = tmp_path.rglob(CARD)
+    assert card.parent == tmp_path / "checkpoints" / "bound-flat" / "seed-1"
+    identity = LocalSeries(card.parent).identity
+    config = TrainingConfig.like(identity)
+    assert (config.tokens, config.seed, config.width) == (512, 1, 16)
+    assert config.learning_rate == 0.005  # the notebook's own
+    assert identity["grammar"] == load_corpus("bound-flat").digest
+    assert TrainingConfig.like(identity, seed=3) == config.model_copy(update={"seed": 3})
+
+
+def test_a_misspelt_parameter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"params.yaml: \['layer'\] are no parameters"):
+        main(command(tmp_path, layer=3))
+
+
+def in_two_processes(folder):
+    """What accelerate launch starts on two GPUs, on CPUs."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    module = ["-m", "latentree.train.jobs", *command(folder, "--corpus", "bound", "--seed", "0")]
+    return subprocess.Popen(launch + module, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_give_the_losses_of_one_and_go_on_when_they_are_killed(tmp_path):
+    folder = tmp_path / "checkpoints" / "bound" / "seed-0"
+    two = in_two_processes(tmp_path)
+    while not (folder / STATE).exists():
+        assert two.poll() is None, two.stderr.read()[-2000:]
+        time.sleep(0.01)
+    for process in [*psutil.Process(two.pid).children(recursive=True), psutil.Process(two.pid)]:
+        process.kill()
+    two.wait()
+    assert not (folder / CARD).exists()
+    two = in_two_processes(tmp_path)
+    assert two.wait(timeout=180) == 0, two.stderr.read()[-2000:]
+    assert json.loads((folder / CARD).read_text())["processes"] == 2
+
+    series, corpus = LocalSeries(folder), load_corpus("bound")
+    config, unseen = TrainingConfig.like(series.identity), held_out(corpus, 4, 32)["tokens"]
+    alone = train(config, corpus, unseen, tmp_path / "alone", "cpu")
+    together = pd.read_csv(folder / "losses.csv")
+    assert alone.step.equals(together.step)
+    assert (alone.loss - together.loss).abs().max() < 1e-5
