@@ -4,7 +4,7 @@ import torch
 from latentree.train.model import build_model
 
 VOCABULARY, CONTEXT = 60, 32
-# The residual stream, block by block: the token, the position, the token before, and the prediction.
+# The residual stream, block by block: token, position, the token before, the prediction.
 TOKEN, PLACE = slice(0, VOCABULARY), slice(VOCABULARY, VOCABULARY + CONTEXT)
 BEFORE = slice(PLACE.stop, PLACE.stop + VOCABULARY)
 NEXT = slice(BEFORE.stop, BEFORE.stop + VOCABULARY)
@@ -12,11 +12,12 @@ WIDTH, HEADS = NEXT.stop, 2
 HEAD_DIM = WIDTH // HEADS
 SIZES = {"layers": 2, "width": WIDTH, "heads": HEADS, "context": CONTEXT, "mlp_width": 4}
 SHARP = 500.0  # of attention scores and logits: a match beats all else
-STEADY = 100.0  # the scale of every LayerNorm of a repair model, to 1e-4: two large opposite coordinates outweigh the rest
+# The scale of every LayerNorm of a repair model, to 1e-4: two large coordinates outweigh the rest.
+STEADY = 100.0
 
 
 def blank_model(**sizes):
-    """Two layers that do nothing: embeddings are one-hot, everything else is zero, heads attend uniformly."""
+    """Two layers that do nothing: one-hot embeddings, all else zero, heads attend uniformly."""
     model = build_model("gpt2", VOCABULARY, **SIZES | sizes).eval()
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1.0 if "ln_" in name and "weight" in name else 0.0)
@@ -27,9 +28,10 @@ def blank_model(**sizes):
 
 
 def set_head(model, layer, head, queries=(), keys=(), moves=None):
-    """Let a head compare and copy: `queries` and `keys` are [(block of the stream, matrix into the head), ...].
+    """Let a head compare and copy.
 
-    With `moves` = (block, block), it copies from the one to the other.
+    `queries` and `keys` are [(block of the stream, matrix into the head), ...]; with `moves` =
+    (block, block), it copies from the one to the other.
     """
     attention = model.transformer.h[layer].attn
     own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
@@ -49,12 +51,12 @@ def set_head(model, layer, head, queries=(), keys=(), moves=None):
 
 
 def induction_model():
-    """Head (0, 0) tells each position the token before it; head (1, 1) finds the query's token there and copies."""
+    """Head (0, 0) tells each position the token before; head (1, 1) finds the query's there."""
     model = blank_model()
     shift = torch.eye(CONTEXT).roll(1, 1)
     shift[-1] = 0
     set_head(model, 0, 0, [(PLACE, SHARP * torch.eye(CONTEXT))], [(PLACE, shift)], (TOKEN, BEFORE))
-    # The first position, which attends to itself, has nothing before it: a coordinate that every query has keeps it out.
+    # The first position has nothing before it: a coordinate that every query has keeps it out.
     out = torch.zeros(CONTEXT, VOCABULARY + 1)
     out[0, -1] = -40.0
     same = torch.eye(VOCABULARY, VOCABULARY + 1)
@@ -64,7 +66,7 @@ def induction_model():
 
 
 def duplicate_model():
-    """Head (0, 1) attends to the earlier occurrences of the query's token, and not to the query itself."""
+    """Head (0, 1) attends to the earlier occurrences of the query's token, not to the query."""
     model = blank_model()
     token = torch.eye(VOCABULARY, VOCABULARY + CONTEXT)
     place = torch.eye(CONTEXT, VOCABULARY + CONTEXT).roll(VOCABULARY, 1)
@@ -79,11 +81,12 @@ def duplicate_model():
 
 
 def repair_model(later="head", share=1.0):
-    """Head (0, 0) predicts the token itself again, as strongly as its embedding is long; layer 1 may mend what it lacks.
+    """Head (0, 0) predicts the token itself again, as strongly as its embedding is long.
 
-    Embeddings are 1/60 to 1 long, so the direct effects differ. With `later` = head, head (1, 1) writes `share` times the
-    embedding minus the prediction it finds: nothing, until the prediction is weaker than it should be; with mlp, the MLP of
-    layer 1; with idle, head (1, 1) writes the embedding once more, whatever it finds.
+    Embeddings are 1/60 to 1 long, so the direct effects differ. Layer 1 may mend what is lacking:
+    with `later` = head, head (1, 1) writes `share` times the embedding minus the prediction it
+    finds: nothing, until the prediction is weaker than it should be; with mlp, the MLP of layer 1
+    does; with idle, head (1, 1) writes the embedding once more, whatever it finds.
     """
     model = blank_model(mlp_width=2 * VOCABULARY)
     stream, place = model.transformer, STEADY * torch.eye(CONTEXT)
@@ -112,9 +115,9 @@ def repair_model(later="head", share=1.0):
 
 
 def frequency_model(scale, words=TOKEN):
-    """Head (0, 1) attends to all it sees alike, and predicts each of `words` by `scale` times how often it was there.
+    """Head (0, 1) attends to all alike: a word's logit is `scale` times how often it was there.
 
-    There are no norms, so that logits are exactly these: nothing else writes.
+    That holds for each of `words`. There are no norms, so that logits are exactly these.
     """
     model = blank_model()
     set_head(model, 0, 1, moves=(words, slice(NEXT.start + words.start, NEXT.start + words.stop)))

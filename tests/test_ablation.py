@@ -10,7 +10,7 @@ from latentree.train.model import next_token_losses
 from test_inside import close, random_model
 
 TOKENS = torch.randint(11, (5, 12), generator=torch.Generator().manual_seed(0))
-# The module in whose output the values stand, and how to take them out: (batch, position, head, head_dim).
+# The module in whose output the values stand, and how to take them out.
 VALUES = {
     "llama": ("v_proj", lambda out: out.unflatten(-1, (2, 8))),
     "gpt2": ("c_attn", lambda out: out[..., 32:].unflatten(-1, (2, 8))),
@@ -19,7 +19,7 @@ VALUES = {
 
 
 def hooked_losses(model, replacements, attended=None):
-    """Losses with z of (layer, head) replaced, by plain hooks; `attended` is forced on all layers."""
+    """Losses with z of (layer, head) replaced, by hooks; `attended` is forced on all layers."""
     inside, hooks, values = Internals(model), [], {}
     name, taken = VALUES[model.config.model_type]
     for layer in range(inside.layers):

@@ -34,7 +34,7 @@ def test_copying_over_a_large_vocabulary_goes_sequence_by_sequence(monkeypatch):
     model = build_model("olmo2", 13, layers=2, width=16, heads=2, context=8)
     tokens = torch.randint(13, (4, 8), generator=torch.Generator().manual_seed(0))
     together = copying(model, tokens)
-    monkeypatch.setattr(circuits, "MOST_TOKENS", 2)
+    monkeypatch.setattr(circuits, "_MOST_TOKENS", 2)
     assert torch.allclose(copying(model, tokens), together)
 
 

@@ -41,7 +41,7 @@ def scores(attention, stimulus, targets=None):
 
 
 def attending(stimulus, look_for):
-    """Attention, uniform over the keys that `look_for(sequence, query)` lists; else on the first."""
+    """Attention, uniform over the keys that `look_for(sequence, query)` lists."""
     sequences, length = stimulus.tokens.shape
     attention = torch.zeros(sequences, length, length)
     for s in range(sequences):
@@ -122,7 +122,7 @@ def test_heads_of_one_order_score_at_that_order_only(order):
 
 
 def test_the_released_score_knows_no_order():
-    # What a head pays to its duplicate does not depend on the query's place: dropping queries changes nothing.
+    # What this head pays does not depend on the query's place: dropping queries changes nothing.
     stimulus = Stimulus(DISTINCT, period=HALF)
     attention = 0.7 * attending(stimulus, lambda s, q: [q - HALF] if q >= HALF else [])
     found = scores(attention, stimulus)
@@ -139,7 +139,7 @@ def test_attention_in_chunks_is_the_same():
 
 
 def test_a_head_of_fixed_distance_scores_as_much_on_the_targets_of_another_sequence():
-    # Sentences come in fours, so a head that always looks three tokens back meets what followed a match.
+    # Sentences come in fours: three tokens back often stands what followed a match.
     stimulus = stimuli(load_corpus("bound"), 64, 64)["natural"]
     back = attending(stimulus, lambda s, q: [max(0, q - 3)])
     own = scores(back, stimulus)["induction", 0]
@@ -241,7 +241,7 @@ def test_emergence_step():
         emergence_step(pd.concat([curve, curve]), 0, 0)
 
 
-# ---------------------------------------------------------------- models whose weights are set by hand
+# ------------------------------------------------------ models whose weights are set by hand
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,8 @@ def lines(
 ) -> sns.FacetGrid:
     """Curves of `y` over `x`, one for each `hue`; the interval low..high is a band, if it is there.
 
-    `null` names a column that is drawn beside each curve, in thin dashes. `grid` goes to FacetGrid: col, row, col_wrap, palette, hue_order, height, aspect, sharey, ...
+    `null` names a column that is drawn beside each curve, in thin dashes. `grid` goes to FacetGrid:
+    col, row, col_wrap, palette, hue_order, height, aspect, sharey, ...
     """
 
     def draw(data, color, label=None):

@@ -9,7 +9,7 @@ from latentree.inside.attention import attention, patterns
 from latentree.inside.trace import run
 from latentree.train.model import next_token_losses
 
-WAYS = ("mean", "resample", "pattern")
+_WAYS = ("mean", "resample", "pattern")
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
 
     Raises ValueError for another way, or a single sequence to resample.
     """
-    if how not in WAYS:
-        raise ValueError(f"how = {how!r}: is no way to ablate; use one of {', '.join(WAYS)}")
+    if how not in _WAYS:
+        raise ValueError(f"how = {how!r}: is no way to ablate; use one of {', '.join(_WAYS)}")
     tokens = tokens.to(model.device)
     z = torch.cat([run(model, chunk, read=["z"])["z"] for chunk in tokens.split(rows)], 1)
     if how == "resample":
@@ -52,7 +52,7 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
 
 
 def control_heads(chosen, heads: int, seed: int = 0) -> list[tuple[int, int]]:
-    """As many heads as `chosen` [(layer, head), ...], drawn with `seed` from the others of the same layers.
+    """As many heads as `chosen` [(layer, head), ...], drawn from the others of the same layers.
 
     `heads` is the number of heads in a layer. Raises ValueError if a layer has too few others.
     """

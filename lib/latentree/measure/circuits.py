@@ -1,8 +1,8 @@
-"""What heads do by their weights alone (Elhage et al. 2021): copying by the OV circuit, and K-composition.
+"""What heads do by their weights alone: copying by the OV circuit, and K-composition.
 
 Norms enter as linear maps: they centre if they are LayerNorms and multiply by their gain; the
 division by the scale, the biases and the rotary positions are left out. MLPs and position
-embeddings are not part of a path from head to head.
+embeddings are not part of a path from head to head (Elhage et al. 2021).
 """
 
 import pandas as pd
@@ -10,7 +10,7 @@ import torch
 
 from latentree.inside.names import Internals, norm_gain, weight
 
-MOST_TOKENS = 4096  # different tokens that sequences are taken together for
+_MOST_TOKENS = 4096  # different tokens that sequences are taken together for
 
 
 @torch.no_grad()
@@ -26,7 +26,7 @@ def copying(model, tokens) -> torch.Tensor:
     """
     inside = Internals(model)
     seen, place = tokens.to(model.device).unique(return_inverse=True)
-    if len(seen) > MOST_TOKENS and len(tokens) > 1:
+    if len(seen) > _MOST_TOKENS and len(tokens) > 1:
         return torch.cat([copying(model, row[None]) for row in tokens])
     present = torch.zeros(len(tokens), len(seen), device=model.device).scatter(1, place, 1.0)
     pairs = (present.sum(1) * (present.sum(1) - 1)).clamp(min=1)
@@ -78,5 +78,8 @@ def k_composition(model, later: tuple[int, int], draws: int = 20, seed: int = 0)
 
 
 def _product_norm(left, middle, right) -> torch.Tensor:
-    """||left middle right^T|| (Frobenius) of left (m, d), middle (d, e), right (n, e), without an m by n matrix."""
+    """||left middle right^T|| (Frobenius), without an m by n matrix.
+
+    left (m, d), middle (d, e), right (n, e).
+    """
     return torch.trace(middle.T @ (left.T @ left) @ middle @ (right.T @ right)).clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""Heads that find what followed the current context before: their scores, and what the whole model makes of it.
+"""Heads that find what followed the current context before, and what the model makes of it.
 
 A score of a head is the attention that it pays to certain targets (stimuli.py), averaged over the
 queries that have some. Induction attends to what followed a match (Olsson et al. 2022; by order:
@@ -15,7 +15,7 @@ from latentree.measure.circuits import copying
 from latentree.measure.stimuli import RELEASED, Stimulus, Targets
 from latentree.train.model import next_token_losses
 
-SAME_FOR_ALL = ("previous-token", RELEASED)  # targets at the same positions in every sequence
+_SAME_FOR_ALL = ("previous-token", RELEASED)  # targets at the same positions in every sequence
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def in_context_gain(losses, stimulus: Stimulus):
 
 
 def choose_and_score(sums, counts):
-    """The best head, chosen on one half of the sequences and scored on the other, both ways together.
+    """The best head, chosen on one half of the sequences and scored on the other, both ways.
 
     `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all
     sequences, and the heads (2,) chosen by the odd and the even ones. The maximum over heads does
@@ -96,7 +96,7 @@ def choose_and_score(sums, counts):
 
 
 def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
-    """The first step from which on the interval's lower end stays above null + margin; None if never.
+    """The first step from which on the lower end stays above null + margin; None if never.
 
     `curve` has one row a step, with columns step and low; `null` is a number or a column's name.
     Raises ValueError for several rows of one step.
@@ -138,7 +138,7 @@ def _run(model, stimulus: Stimulus, rows: int):
 
 
 def _score_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
-    """The rows of single heads, best heads and the released score, heads numbered through all layers.
+    """The rows of heads, best heads and the released score, heads numbered through all layers.
 
     `sums` (sequence, score, head): of `attention_sums`, then copying, which every sequence has.
     """
@@ -151,7 +151,7 @@ def _score_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
     for number, (score, order) in enumerate(names):
         one, count = sums[:, number], counts[:, number]
         best = int(_best(one, count))
-        if score in SAME_FOR_ALL:
+        if score in _SAME_FOR_ALL:
             null[number] = torch.nan
         if score == RELEASED:
             shown = [("as released", best, each[:, number, best])]

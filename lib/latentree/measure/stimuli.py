@@ -21,9 +21,10 @@ RELEASED = "duplicate-token, as released"
 class Targets:
     """Where scores look.
 
-    `names` [(score, order), ...], order 0 for a score without one; `entries` (4, entries): attention
-    from a query to a key of a sequence counts for a score: sequence, query, key, score's number;
-    `queries` (sequence, score): how many queries of a sequence have a target.
+    - names: [(score, order), ...]; order 0 for a score that has none, or for all orders together.
+    - entries (4, entries): in a sequence, attention from a query to a key counts for a score;
+      the numbers of the four.
+    - queries (sequence, score): how many queries of a sequence have a target.
     """
 
     names: list
@@ -60,7 +61,7 @@ class Stimulus:
 
     @cached_property
     def orders(self) -> torch.Tensor:
-        """The exclusive order of every match (sequence, query, key): 0 is none, 11 above LONGEST."""
+        """The exclusive order of every match (sequence, query, key): 0 is none, 11 more than 10."""
         match = self.tokens[:, :, None] == self.tokens[:, None]
         if self.document is not None:
             match &= self.document[:, :, None] == self.document[:, None]
@@ -147,9 +148,9 @@ def stimuli(
 
 
 def bound_queries(grammar, tokens) -> torch.Tensor | None:
-    """Queries (sequence, position) before a word that the grammar binds to theirs; None if none can be.
+    """Queries (sequence, position) before a word that is bound to theirs; None if none can be.
 
-    There the last occurrence of the query's word tells what comes next; elsewhere it may tell nothing.
+    There the last occurrence of the query's word tells what comes next; elsewhere perhaps nothing.
     """
     if grammar is None or not grammar.file.habits:
         return None
