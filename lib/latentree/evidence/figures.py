@@ -4,6 +4,7 @@ A picture is one call on a tidy table: `lines`, `bars` and `heatmaps` return sea
 `set` names the axes. Columns value, low and high hold what is drawn and its interval.
 """
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -179,11 +180,13 @@ def heatmaps(
 
 def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
     """A FacetGrid with `draw` in every panel, its titles without the columns' names."""
-    with mpl.rc_context({"figure.constrained_layout.use": False}):  # seaborn sets its own layout
+    # Seaborn sets a layout of its own, which is replaced. (Not by mpl.rc_context: around the first
+    # figure, for which Jupyter's backend begins to show figures, it would end that again.)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
         found = sns.FacetGrid(table, hue=hue, **({"height": 2.8, "aspect": 1.2} | grid))
-        found.tight_layout = lambda: found  # map and refline would bring seaborn's layout back
-        found.map_dataframe(draw)
+    found.tight_layout = lambda: found
     found.figure.set_layout_engine("constrained")
+    found.map_dataframe(draw)
     for axes in found.axes.flat:
         if not axes.has_data():  # a panel without rows
             axes.axis("off")
