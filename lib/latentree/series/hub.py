@@ -32,7 +32,7 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
     Such names are step1000 and step1000-tokens4B. ValueError if there is none.
     """
     if constants.HF_HUB_OFFLINE:
-        names = _cached_names(repository, cache)
+        names = [name for name, files in _cached(repository, cache).items() if _of_model(files)]
     else:
         refs = HfApi().list_repo_refs(repository)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
@@ -46,15 +46,15 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
     return dict(sorted(named.items()))
 
 
-def _cached_names(repository, cache) -> list[str]:
-    """The revisions in the cache that have weights."""
-    names = []
+def _cached(repository, cache) -> dict[str, dict]:
+    """What the cache has: {revision: {file name: what huggingface_hub says of the file}}."""
+    found = {}
     for repo in scan_cache_dir(cache).repos:
         if repo.repo_id == repository:
             for revision in repo.revisions:
-                if _of_model([file.file_name for file in revision.files]):
-                    names += revision.refs
-    return names
+                files = {file.file_name: file for file in revision.files}
+                found |= {name: files for name in revision.refs}
+    return found
 
 
 def _of_model(names) -> list[str]:
@@ -159,10 +159,10 @@ class HubSeries:
     def _look_up(self, name) -> _Revision:
         """A revision as the hub has it, or offline as the cache has it."""
         if constants.HF_HUB_OFFLINE:
-            folder = Path(snapshot_download(self.repository, revision=name, cache_dir=self._cache))
-            commit, files = folder.name, {}
-            for path in folder.iterdir():  # links to files that are named by their hash
-                files[path.name] = path.stat().st_size, path.resolve().name
+            commit, files = None, {}
+            for file, cached in _cached(self.repository, self._cache).get(name, {}).items():
+                commit = cached.file_path.parent.name
+                files[file] = cached.size_on_disk, str(cached.blob_path)
         else:
             info = HfApi().model_info(self.repository, revision=name, files_metadata=True)
             commit, files = info.sha, {}
