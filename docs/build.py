@@ -1,9 +1,10 @@
-"""The book: `python docs/build.py` builds build/book/html from these pages and the executed notebooks of the laptop run.
+"""The book: `python docs/build.py` builds build/book/html from these pages and the reading copy, outputs/reading.
 
 The notebooks are copied with what a page needs and a notebook does not: links to other notebooks and to the literature, alternative
 texts of figures, solutions folded away, and a box that says how to run the page oneself.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,10 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from latentree.data.files import read_json
-from latentree.run.exercises import has_tag
-from latentree.run.record import output_folder
-from latentree.run.report import as_markdown
+from latentree.run.reading import READING, as_markdown
 from PIL import Image
 
 DOCS, BOOK = Path(__file__).parent, Path("build/book")
@@ -69,7 +67,7 @@ def page_of(path: Path, names: dict):
         if cell.cell_type == "markdown":
             section = [section, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1]
             cell.source = linked(cell.source, path.name[:2], names)
-        elif has_tag(cell, "solution"):
+        elif "solution" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("hide-input")
         saved = [
             name
@@ -103,13 +101,13 @@ def exercise_list(pages: dict) -> str:
 
 def minutes_of(folder: Path) -> str:
     """A table of what each notebook takes to execute."""
-    record = read_json(folder / "run.json", "execute the notebooks first")["notebooks"]
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     rows = [(name, round(entry["wall_seconds"] / 60, 1)) for name, entry in record.items()]
     return pd.DataFrame(rows, columns=["notebook", "minutes to execute"]).to_markdown(index=False)
 
 
 def main() -> int:
-    folder, source = output_folder("laptop"), BOOK / "source"
+    folder, source = READING, BOOK / "source"
     shutil.rmtree(BOOK, ignore_errors=True)
     shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("build.py", "__pycache__"))
     shutil.copy("README.md", source)
@@ -119,13 +117,11 @@ def main() -> int:
     pages = {path.stem: page_of(path, names) for path in paths}
     for name, notebook in pages.items():
         nbformat.write(notebook, source / f"{name}.ipynb")
-    modules = sorted(path.stem for path in (DOCS / "library").glob("*.md") if path.stem != "index")
     filled = {
         "NOTEBOOKS": "\n".join(pages),
         "EXERCISES": exercise_list(pages),
         "MINUTES": minutes_of(folder),
         "CLAIMS": as_markdown(folder),
-        "MODULES": "\n".join(modules),
     }
     for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
@@ -135,20 +131,8 @@ def main() -> int:
             ),
             encoding="utf-8",
         )
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sphinx",
-            "-W",
-            "--keep-going",
-            "-q",
-            "-b",
-            "html",
-            source,
-            BOOK / "html",
-        ]
-    ).returncode
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    return subprocess.run([*command, source, BOOK / "html"]).returncode
 
 
 if __name__ == "__main__":

@@ -4,14 +4,18 @@ project = "latentree"
 author = "The latentree developers"
 html_title = "latentree"
 html_favicon = "favicon.svg"
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.bibtex", "sphinx-mathjax-offline"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinxcontrib.bibtex",
+    "sphinx-mathjax-offline",
+]
+templates_path = ["_templates"]
 
 exclude_patterns = ["README.md"]  # index.md includes a part of it
 nb_execution_mode = "off"
-nb_code_prompt_show, nb_code_prompt_hide = (
-    "Show the solution",
-    "Hide the solution",
-)  # nothing else is folded
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 3
 bibtex_bibfiles = ["references.bib"]

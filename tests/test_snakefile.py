@@ -1,4 +1,4 @@
-"""Snakemake executes every notebook of a fresh clone once, in order, and goes on after a failure or a kill."""
+"""Snakemake executes every notebook once, in order, goes on after a failure or a kill, and again only what a change touches."""
 
 import os
 import re
@@ -12,130 +12,101 @@ from tiny import WAIT_ONCE, nothing_runs_in, start, write_project
 
 ROOT = Path(__file__).parents[1]
 FIRST, SECOND = "01_grammar_design", "02_training"
-SNAKEMAKE = [
-    sys.executable,
-    "-m",
-    "snakemake",
-    "--profile",
-    "profiles/local",
-    "--config",
-    "profile=smoke",
-]
+LINE = [sys.executable, "-m", "snakemake", "--nolock", "--printshellcmds"]
+SNAKEMAKE = [*LINE, "--profile", "profiles/local", "--config", "profile=smoke"]
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A function that makes a project with this Snakefile and the cells of two tiny notebooks."""
+    """A function that makes a project, in a folder with a space, with this Snakefile and two tiny notebooks."""
 
     def make(first: list[str], second: list[str]) -> Path:
-        shutil.copy(ROOT / "Snakefile", tmp_path)
-        shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-        return write_project(tmp_path, **{FIRST: first, SECOND: second})
+        root = tmp_path / "a project"
+        shutil.copytree(ROOT / "profiles", root / "profiles")
+        shutil.copy(ROOT / "Snakefile", root)
+        return write_project(root, **{FIRST: first, SECOND: second})
 
     return make
 
 
-def snakemake(root: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(SNAKEMAKE, cwd=root, capture_output=True, text=True, timeout=200)
+def snakemake(root: Path, *more: str) -> subprocess.CompletedProcess:
+    line = [*SNAKEMAKE, *more]
+    return subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=200)
 
 
-def folder_of(root: Path) -> Path:
-    line = [sys.executable, "-m", "latentree.run", "--folder-of", "smoke"]
-    return (
-        root
-        / subprocess.run(line, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    )
-
-
-def test_a_fresh_clone_executes_everything_once(project):
-    root = project([], [])
-    out = folder_of(root)
-    (out / "results").mkdir(parents=True)
-    for name in (
-        FIRST,
-        SECOND,
-    ):  # the reading copy, with times that a clone may have: later than all inputs
-        for file in (out / f"{name}.ipynb", out / "results" / f"{name[:2]}.json"):
-            file.write_text("of the clone")
-            os.utime(file, (4e9, 4e9))
-    ran = snakemake(root)
-    assert ran.returncode == 0, ran.stderr
-    assert FIRST in ran.stdout and SECOND in ran.stdout
-    assert ran.stdout.index(FIRST) < ran.stdout.index(SECOND)
-    assert (
-        "of the clone"
-        not in (out / f"{FIRST}.ipynb").read_text() + (out / "results/02.json").read_text()
-    )
-    again = snakemake(root)
-    assert again.returncode == 0 and "Nothing to be done" in again.stderr and again.stdout == ""
-
-
-def test_a_failure_keeps_the_failed_notebook_and_goes_on_with_the_others(project):
+def test_a_failure_goes_on_with_the_others_and_once_mended_only_it_is_executed(project):
     root = project(["raise ValueError('broken')"], [])
-    out = folder_of(root)
     ran = snakemake(root)
-    assert ran.returncode != 0 and f"error: {FIRST}: In [4]" in ran.stderr
+    assert ran.returncode != 0 and f"error: {FIRST}: In [3]" in ran.stderr
     told = ran.stderr.splitlines()  # at the end, one line each
-    assert any(
-        re.fullmatch(
-            rf"{FIRST}: FAILED: In \[4\].*ValueError: broken; see .*{FIRST}.failed.ipynb", line
-        )
-        for line in told
-    )
-    assert any(re.fullmatch(rf"{SECOND}: done in \d\.\d min, \d\.\d GB", line) for line in told)
-    assert (out / f"{FIRST}.failed.ipynb").exists() and not (out / f"{FIRST}.ipynb").exists()
-    assert sorted(path.name for path in (out / "results").iterdir()) == ["02.json"]
+    assert f"{FIRST}: FAILED, see outputs/smoke/{FIRST}.failed.ipynb" in told
+    assert f"{SECOND}: done" in told
+    write_project(root, **{FIRST: []})
+    again = snakemake(root)
+    assert again.returncode == 0 and FIRST in again.stdout and SECOND not in again.stdout
+    assert (root / "outputs/smoke/results/01.json").exists()
+    nothing = snakemake(root)
+    assert nothing.returncode == 0 and "Nothing to be done" in nothing.stderr and not nothing.stdout
 
 
 def test_killed_in_the_middle_and_started_again_it_finishes(project):
     root = project([], [WAIT_ONCE])
-    killed = start(SNAKEMAKE, root)
-    killed.kill()
+    start(SNAKEMAKE, root).kill()
     assert nothing_runs_in(root)
     ran = snakemake(root)
     assert ran.returncode == 0, ran.stderr
     assert SECOND in ran.stdout and FIRST not in ran.stdout
-    assert sorted(path.name for path in (folder_of(root) / "results").iterdir()) == [
-        "01.json",
-        "02.json",
-    ]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """This project, with stamps as if all notebooks had been executed."""
+    root = tmp_path_factory.mktemp("all")
+    for name in ("lib", "notebooks", "params", "profiles", "Snakefile"):
+        copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copied(ROOT / name, root / name)
+    for path in (root / "notebooks").glob("*.ipynb"):
+        stamp = root / f"outputs/smoke/.{path.stem}.done"
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+        os.utime(stamp, (2e9, 2e9))  # all at once
+    return root
+
+
+@pytest.mark.parametrize(
+    "changed, numbers",
+    [
+        ("notebooks/01_grammar_design.ipynb", "01"),
+        ("params/smoke/03_induction_heads.yaml", "03 07"),
+        ("params/grammars/nested.yaml", "06"),
+        ("lib/latentree/exact/two_level.py", "08"),
+        ("lib/latentree/run/execution.py", ""),
+    ],
+)
+def test_a_change_executes_again_only_what_it_touches(executed, changed, numbers):
+    before = (executed / changed).stat()
+    os.utime(executed / changed, (3e9, 3e9))
+    planned = snakemake(executed, "--dry-run", "--quiet", "host")
+    os.utime(executed / changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    told = re.findall(r"^rule (\d\d)_", planned.stdout + planned.stderr, re.MULTILINE)
+    assert " ".join(sorted(told)) == numbers
 
 
 def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tmp_path):
-    talkative = [
-        text
-        for text in (ROOT / "profiles/slurm/config.yaml").read_text().splitlines()
-        if not text.startswith("quiet")
-    ]
-    (tmp_path / "config.yaml").write_text("\n".join(talkative))
-    line = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--profile",
-        str(tmp_path),
-        "--dry-run",
-        "--printshellcmds",
-        "--config",
-        "profile=gpu",
-        "gpus=2",
-    ]
+    talkative = (ROOT / "profiles/slurm/config.yaml").read_text().replace("quiet:", "# quiet:")
+    (tmp_path / "config.yaml").write_text(talkative)
+    settings = ["profile=gpu", "gpus=2", "account=ours", "partition=a100"]
+    line = [*LINE, "--profile", str(tmp_path), "--dry-run", "--config", *settings]
     planned = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert planned.returncode == 0, planned.stderr
     told = planned.stdout + planned.stderr
-    trainings = re.findall(
-        r"rule train:.*?wildcards: corpus=([\w-]+), seed=(\d)\n.*?resources: ([^\n]*)",
-        told,
-        re.DOTALL,
-    )
+    job = r"rule train:.*?wildcards: corpus=([\w-]+), seed=(\d)\n.*?resources: ([^\n]*)"
+    trainings = re.findall(job, told, re.DOTALL)
     assert len(trainings) == 21 and len(set(trainings)) == 21
-    assert all(
-        "gpu=2" in needs and "slurm_partition=gpu" in needs and "runtime=240" in needs
-        for *_, needs in trainings
-    )
-    assert (
-        told.count("accelerate.commands.launch --num_processes 2 -m latentree.train.jobs") == 21
-    )
-    notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told).group(1)
+    needed = ("gpu=2", "slurm_account=ours", "slurm_partition=a100", "runtime=240")
+    assert all(need in needs for *_, needs in trainings for need in needed)
+    launch = "accelerate.commands.launch --num_processes 2 -m latentree.train.jobs"
+    assert told.count(launch) == 21
+    notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told)[1]
     assert notebook.count("run_card.json") == 21
     assert len(re.findall(r"rule 0[1-8]_\w+:", told)) == 8

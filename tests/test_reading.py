@@ -1,0 +1,87 @@
+"""The reading copy is of the notebooks and parameters as they are, and the README shows its claims."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from latentree.data.files import read_yaml
+from latentree.evidence.compare import claims_of
+from latentree.run.parameters import check, declared
+from latentree.run.reading import BEGIN, END, READING, as_markdown, copy
+
+NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+RECORD = json.loads((READING / "run.json").read_text())
+PROMISED = {
+    "01": {"long-range-pcfg"},
+    "02": {"latents-recovered", "reaches-in-context-counts", "flat-stays-flat"},
+    "03": {"induction-on-pcfg", "induction-not-on-flat", "induction-not-on-ngram"}
+    | {"induction-heads-matter"},
+    "04": {"fv-on-pcfg", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words"}
+    | {"fv-not-on-released-small-flat"},
+    "06": {"shallow-before-deep", "legal-mass-saturates-early-on-bound", "no-latents-on-flat"}
+    | {"tree-beyond-position"},
+}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_the_reading_copy_is_of_this_notebook_and_these_parameters(path):
+    def sources(notebook):
+        cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+        tags = [cell.metadata.get("tags", []) for cell in cells]
+        return [c.source for c, tag in zip(cells, tags) if "injected-parameters" not in tag]
+
+    assert sources(READING / path.name) == sources(path), "executed before it was changed"
+    given = read_yaml(f"params/laptop/{path.stem}.yaml")
+    apart = {"out", "checkpoints"}
+    values = {n: v for n, v in check(given, declared(path)).items() if n not in apart}
+    shown = {n: v for n, v in RECORD[path.stem]["parameters"].items() if n not in apart}
+    assert shown == values, "executed with other parameters"
+
+
+def test_the_reading_copy_is_small():
+    assert sum(file.stat().st_size for file in READING.rglob("*") if file.is_file()) < 6_000_000
+
+
+def test_it_shows_what_the_project_promises_on_a_laptop():
+    claims = claims_of(READING)
+    for number, ids in PROMISED.items():
+        assert set(claims.loc[number].loc[sorted(ids), "verdict"]) == {"reproduced"}
+
+
+def test_the_readme_shows_the_claims_and_its_pictures_are_there():
+    readme = Path("README.md").read_text()
+    shown = readme.split(BEGIN)[1].split(END)[0].strip()
+    assert shown == as_markdown(READING), "stale: run make report"
+    claims = claims_of(READING).reset_index()
+    rows = re.findall(r"^\| (\d\d) \| ([\w-]+) \|.*\| ([\w ]+) \|$", shown, re.MULTILINE)
+    assert rows == list(claims[["file", "id", "verdict"]].itertuples(index=False, name=None))
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", readme)
+    assert pictures and all(Path(picture).is_file() for picture in pictures)
+
+
+def test_one_notebook_is_taken_over_and_nothing_else(tmp_path):
+    reading, run = tmp_path / "reading", tmp_path / "laptop"
+    shutil.copytree(READING, reading)
+    before = {file: file.read_bytes() for file in reading.rglob("*") if file.is_file()}
+    for name in ("results", "figures", "tables", "checkpoints"):
+        (run / name).mkdir(parents=True)
+    names = ("03_induction_heads.ipynb", "results/03.json", "figures/03_new.png", "results/04.json")
+    for name in (*names, "checkpoints/03_a.csv"):
+        (run / name).write_text("new")
+    (run / "run.json").write_text(json.dumps({"03_induction_heads": 3, "04_function_vectors": 4}))
+    copy(run, reading, "03")
+    after = {file: file.read_bytes() for file in reading.rglob("*") if file.is_file()}
+    changed = {f for f in before | after if before.get(f) != after.get(f)}
+    changed = {file.relative_to(reading).as_posix() for file in changed}
+    assert {name for name in changed if "03_" not in name} == {
+        "results/03.json",
+        "run.json",
+        ".run.lock",
+    }
+    assert after[reading / "figures/03_new.png"] == b"new"
+    assert not (reading / "figures/03_heads.png").exists()
+    record = json.loads((reading / "run.json").read_text())
+    assert record == RECORD | {"03_induction_heads": 3}
