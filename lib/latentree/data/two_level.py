@@ -53,8 +53,16 @@ class TwoLevel(Corpus):
         self.segments, self.evidence, self.length = segments, evidence, evidence + 2
         self.cue = tokens
         content = [kind, segments, evidence, z0, z1, tokens, own, mix, contrast, noise]
-        name, length = f"two-level, {kind}", segments * self.length
-        super().__init__(name, kind, tokens + 1, None, length, content, seed)
+        super().__init__(
+            name=f"toy-{kind.replace(' ', '-')}",
+            kind=kind,
+            vocabulary_size=tokens + 1,
+            end=None,
+            mean_document_length=segments * self.length,
+            content=content,
+            seed=seed,
+            label=f"two-level, {kind}",
+        )
         draw = torch.Generator().manual_seed(seed)
 
         def gammas(shape):  # torch draws none from a generator: sums of exponentials
@@ -74,11 +82,6 @@ class TwoLevel(Corpus):
         self.log_z1 = (local / local.sum(1, keepdim=True)).log()
         self.log_evidence = below.log_softmax(-1)
         self.log_query = (mix * above[:, None] + (1 - mix) * below).log_softmax(-1)
-
-    @property
-    def queries(self) -> torch.Tensor:
-        """Positions of the query tokens (segment,)."""
-        return torch.arange(1, self.segments + 1) * self.length - 1
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Sequences by number, with fields document, position, segment, place (in it), z0 and z1."""
