@@ -5,6 +5,7 @@ of a sequence, before which most is known of the global latent z0. Tokens are (s
 z0 is (sequence,); intervals are 95 %, over sequences.
 """
 
+import numpy as np
 import pandas as pd
 import torch
 from nnsight import NNsight
@@ -177,7 +178,7 @@ def specialisation(model, process: TwoLevel, tokens, z0, seed: int = 0) -> pd.Da
     for name, kept in (("earlier", current), ("current", ~current)):
         change = written(torch.where(kept, tokens, tokens[donor])) - clean
         found[name] = change.square().mean(1).sum(-1) / (2 * clean.var(1).sum(-1))
-    layer, head = torch.meshgrid(*map(torch.arange, found["earlier"].shape), indexing="ij")
+    layer, head = np.indices(clean.shape[::2])
     columns = {"layer": layer, "head": head} | found
     return pd.DataFrame({name: values.flatten() for name, values in columns.items()})
 
@@ -216,11 +217,11 @@ def transparency(model, tokens, size: float = 0.05) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "head", "rank", "least"])
 
 
-def gradient_cosines(model, tokens) -> torch.Tensor:
-    """A5-B: mean cosines (head, head) of the last query's loss gradients, over sequences.
+def gradient_cosines(model, tokens) -> pd.DataFrame:
+    """A5-B: mean cosines, over sequences, of the last query's loss gradients: (head, other, value).
 
     Heads are numbered through all layers. A head's gradient is the stream's at the last cue,
-    within what its W_O can write: projected there.
+    projected into what its W_O can write.
     """
     traced = NNsight(model)
     inside, view = Internals(model), Internals(model, traced)
@@ -236,7 +237,10 @@ def gradient_cosines(model, tokens) -> torch.Tensor:
         projection = torch.linalg.pinv(inside.w_o(layer).detach())
         vectors.append(torch.einsum("bhd,hwd->bhw", by_head, projection))
     unit = torch.nn.functional.normalize(torch.cat(vectors, 1).double(), dim=-1)
-    return (unit @ unit.mT).mean(0).cpu()
+    cosines = (unit @ unit.mT).mean(0).cpu().numpy()
+    head, other = np.indices(cosines.shape)
+    columns = {"head": head, "other": other, "value": cosines}
+    return pd.DataFrame({name: values.flatten() for name, values in columns.items()})
 
 
 @torch.no_grad()
