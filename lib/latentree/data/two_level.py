@@ -21,12 +21,11 @@ class TwoLevel(Corpus):
       E1[z1]), with E0 `contrast` on z0's block of tokens and -`contrast` elsewhere, and
       E1 = E0[parent of z1] + `noise` Normal(0, 1).
     - matched flat: the same tables, z0 drawn afresh for each segment.
-    - released flat: the release's control draws the z1 of a sequence without replacement; its
-      query's z0 is taken to be z1's parent. How its tables differ is not known to us.
+    - released flat: z1 is drawn without replacement, and z0 is its parent, as in the release.
 
-    Attributes beside a corpus's: the tables log_z0 (z0), log_z1 (z0, z1), log_evidence (z1, token)
-    and log_query (z0, z1, token) in nats; parent (z1); segments, evidence (tokens of a segment),
-    length (of a segment), cue (a token). Raises ValueError for sizes that do not divide.
+    Attributes beside a corpus's: log_z0 (z0), log_z1 (z0, z1), log_evidence (z1, token) and
+    log_query (z0, z1, token), nats; parent (z1); segments, length (of a segment), evidence (tokens
+    in it), cue (a token). Raises ValueError for sizes that do not divide.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tests of the paper's theorem and assumptions on models of the two-level process (data/two_level.py).
+"""Tests of the paper's theorem and assumptions on models of the two-level process.
 
 A query token is predicted at the cue before it. All that is asked here is asked of the last query
 of a sequence, before which most is known of the global latent z0. Tokens are (sequence, position),
@@ -11,7 +11,7 @@ import torch
 from nnsight import NNsight
 
 from latentree.data.two_level import TwoLevel, clear_segments, contested
-from latentree.evidence.intervals import ratio, t_interval
+from latentree.evidence.intervals import t_interval
 from latentree.exact.two_level import forgetting, losses, predictive
 from latentree.inside.names import Internals
 from latentree.inside.trace import run
@@ -28,16 +28,16 @@ from latentree.train.model import next_token_losses
 def floors(model, process: TwoLevel, tokens) -> pd.DataFrame:
     """A model's loss (nats) at each position beside the exact predictor's on the same tokens.
 
-    DataFrame (position, segment, place, value, low, high, exact); `position` is that of the token
-    that is predicted, from the second one on. `exact` is the floor up to chance.
+    DataFrame (position, segment, place, value, exact); `position` is that of the token that is
+    predicted, from the second one on. `exact` is the floor up to chance.
     """
     own = next_token_losses(run(model, tokens, ["logits"])["logits"].cpu(), tokens).double()
-    value, low, high = ratio(own, torch.ones_like(own))
-    exact = losses(process, tokens)[:, 1:].mean(0)
-    position = torch.arange(1, tokens.shape[1])
-    segment, place = position // process.length, position % process.length
-    columns = {"position": position, "segment": segment, "place": place}
-    return pd.DataFrame(columns | {"value": value, "low": low, "high": high, "exact": exact})
+    table = pd.DataFrame({"position": range(1, tokens.shape[1])})
+    table["segment"] = table["position"] // process.length
+    table["place"] = table["position"] % process.length
+    table["value"] = own.mean(0).numpy()
+    table["exact"] = losses(process, tokens)[:, 1:].mean(0).numpy()
+    return table
 
 
 def block_masses(process: TwoLevel, log_p: torch.Tensor) -> torch.Tensor:
@@ -188,13 +188,12 @@ def specialisation(model, process: TwoLevel, tokens, z0, seed: int = 0) -> pd.Da
 
 @torch.no_grad()
 def transparency(model, tokens, size: float = 0.05) -> pd.DataFrame:
-    """A5-A: how much of what a head could write reaches the end: DataFrame (layer, head, rank, least).
+    """A5-A: how much of what a head could write reaches the end: DataFrame (layer, head, least).
 
     A head's own contribution at the last cue is moved along an orthonormal basis of what its W_O
     can write, by `size` of the stream's length there; the answers of the final stream, per unit,
-    make a Jacobian (direction, width) for each sequence. With its singular values s, rank is the
-    mean effective rank (sum s)^2 / sum s^2 over the number of directions, least the mean smallest
-    s: where nothing comes after, both are 1.
+    make a Jacobian (direction, width). least is the mean, over sequences, of its smallest singular
+    value: 1 where nothing comes after, 0 where a direction is lost.
     """
     inside, rows = Internals(model), []
     clean = run(model, tokens, ["stream"])["stream"][-1, :, -2]
@@ -211,10 +210,9 @@ def transparency(model, tokens, size: float = 0.05) -> pd.DataFrame:
 
                 end = run(model, tokens, ["stream"], {("z", layer): moved})["stream"][-1, :, -2]
                 answers.append((end - clean) / length)
-            s = torch.linalg.svdvals(torch.stack(answers, 1).double())
-            rank = s.sum(-1).square() / s.square().sum(-1) / len(answers)
-            rows.append((layer, head, float(rank.mean()), float(s.min(-1).values.mean())))
-    return pd.DataFrame(rows, columns=["layer", "head", "rank", "least"])
+            least = torch.linalg.svdvals(torch.stack(answers, 1).double())[:, -1]
+            rows.append((layer, head, float(least.mean())))
+    return pd.DataFrame(rows, columns=["layer", "head", "least"])
 
 
 def gradient_cosines(model, tokens) -> pd.DataFrame:
@@ -307,12 +305,9 @@ def strongest_repair(runs: Ablations, kind: str) -> float:
     """Correlation of compensation with the removed direct effect over sequences.
 
     Of the `layer` or `head` that removes most, chosen on every other sequence and scored on the
-    rest; the last layer is left out. It has the sign of the Hydra effect's slope and stays within
-    -1 and 1 where next to nothing is removed; 0 where nothing is. Raises ValueError for a model of
-    one layer.
+    rest; the last layer, after which nothing comes, is left out. It has the sign of the Hydra
+    effect's slope and stays within -1 and 1 where next to nothing is removed; 0 where nothing is.
     """
-    if runs.inside.layers < 2:
-        raise ValueError("layers = 1: nothing comes after the only layer; give a deeper model")
     heads = range(runs.inside.heads) if kind == "head" else (-1,)
     found = []
     for layer in range(runs.inside.layers - 1):
@@ -323,16 +318,15 @@ def strongest_repair(runs: Ablations, kind: str) -> float:
 
 
 def mechanisms(model, shown: dict, question: Stimulus, contexts, prompts) -> pd.DataFrame:
-    """Hydra effect by layers and by heads, induction and function vector: (metric, definition, value).
+    """Hydra effect, induction and function vector: DataFrame (metric, definition, value).
 
-    - corrected: `strongest_repair` of both kinds on `question`; the best head's attention to what
-      followed a match, less what positions explain, in shown["natural"]; by how many nats of KL
-      the own context's attention output helps `prompts` more than another latent's, in the best
-      layer (function_vectors.layerwise).
+    - corrected: `strongest_repair` by layers and by heads on `question`; the best head's attention
+      to what followed a match, less what positions explain, in shown["natural"]; by how many nats
+      of KL the own context's attention output helps `prompts` more than another latent's, in the
+      best layer (function_vectors.layerwise).
     - context itself: by how many nats the prompt's prediction is better in its context.
     - as released: the largest rise of the un-normed logit lens's current token (released.py);
-      attention to the same token a period before in shown["random repeat"]. The released prompts
-      for function vectors need roles, which there are none of.
+      attention to the same token a period before in shown["random repeat"].
     """
     runs = Ablations(model, question)
     scores = induction.measure(model, shown, 64).query("variant != 'head'")
