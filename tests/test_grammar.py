@@ -1,4 +1,4 @@
-"""Exact quantities of sentence grammars against nltk and against enumeration; what a file may say."""
+"""Exact quantities of grammars against nltk and enumeration; what a file may say."""
 
 import itertools
 import shutil
@@ -43,7 +43,7 @@ def test_released_is_the_released_process():
     assert corpus.repetitions == 10 and file.redraw == {"document": 1.0} and file.binding == 0
 
 
-# ---------------------------------------------------------------------- against nltk and enumeration
+# ---------------------------------------------------------------------- what may come next
 
 
 def test_legal_roles_match_the_earley_chart_of_nltk():
@@ -159,7 +159,7 @@ def test_infinite_expected_length_is_refused(chance):
     [
         (None, "corpora there: bound-static"),
         ("name: other\n", "name is 'other'"),
-        ("name: wrong\nkind: n-gram\nparent: bound-static\nordre: 3\n", "ordre = 3: no such field"),
+        ("name: wrong\nkind: n-gram\nparent: bund\n", "corpus 'bund': no file"),
     ],
 )
 def test_bad_grammar_files_are_refused_in_one_line(tmp_path, content, message):

@@ -1,4 +1,4 @@
-"""Exact losses and informations against brute force, nltk-free; the counts predictor against a hand calculation."""
+"""Exact losses and informations against brute force, the counts predictor against a hand."""
 
 from itertools import permutations, product
 
@@ -20,13 +20,14 @@ from latentree.exact.predictors import (
 )
 
 ORDERS = """
-Sentence -> 'noun' 'verb' [0.3] | 'verb' 'noun' [0.3] | 'and' 'verb' 'noun' [0.2] | 'verb' 'and' 'noun' [0.2]
+Sentence -> 'noun' 'verb' [0.3] | 'verb' 'noun' [0.3]
+Sentence -> 'and' 'verb' 'noun' [0.2] | 'verb' 'and' 'noun' [0.2]
 """
 VERB_FIRST = "Sentence -> 'verb' 'noun' 'and' [1.0]"
 
 
 def brute_force(grammar, documents, unit):
-    """Probability of every sentence (tuple of tokens) under the latents of one unit, by enumerating all ranks."""
+    """Probability of every sentence, a tuple of tokens, under the latents of one unit."""
     table, binding = {}, grammar.file.binding
     for shape in grammar.shapes:
         numbers = [grammar.roles.index(role) for role in shape.roles]
@@ -62,7 +63,7 @@ def test_latent_aware_predictive_equals_enumeration(habits):
 
 
 def test_latents_that_are_not_trusted_are_not_used():
-    """With no trust in maps a word is any of its role, with none in habits it is as without binding."""
+    """Without trust in maps a word is any of its role, without it in habits it is free."""
     grammar = make(ORDERS, binding=0.7, habits={"verb": "noun"})
     documents = GrammarProcess(grammar).documents(range(5))
     nowhere = predictive(grammar, documents, trust={role: (0.0, 0.0) for role in grammar.roles})
@@ -116,7 +117,7 @@ def test_losses_of_sampled_documents_are_the_expected_ones(name):
 
 
 def test_expected_latent_aware_loss_equals_enumeration_over_habits():
-    """A verb before its noun: its marginal, averaged over all 4**3 habits, and the noun's by Bayes."""
+    """A verb before its noun: its marginal over all 4**3 habits, and the noun's by Bayes."""
     roles = {"noun": {"size": 3, "zipf": 1.0}, "verb": {"size": 4, "zipf": 0.5}, "and": {"size": 2}}
     grammar = make(VERB_FIRST, roles=roles, binding=0.7, habits={"verb": "noun"})
     nouns, verbs = grammar.frequencies[:2]
@@ -146,7 +147,7 @@ def test_the_total_is_exact_where_roles_are_not():
 
 @pytest.mark.parametrize("zipf", [1.0, 0.0])
 def test_in_sentence_loss_is_the_floor_of_a_flat_corpus(zipf):
-    """Against brute force: every latent of a two-word grammar enumerated, one sentence of two clauses."""
+    """Every latent of a two-word grammar enumerated, in a sentence of two clauses."""
     sentence = "Sentence -> Clause Clause [1.0]\nClause -> 'noun' 'verb' [1.0]"
     roles = {"noun": {"size": 2, "zipf": zipf}, "verb": {"size": 2, "zipf": 0.5}}
     flat = {"redraw": {"sentence": 1.0}}

@@ -35,7 +35,7 @@ def draws(draw, most):
 @given(draws(most=6))
 @settings(max_examples=200, deadline=None)
 def test_posterior_equals_enumeration(drawn):
-    """The definition: each assignment of ranks to words weighs as much as the draws are probable under it."""
+    """Each assignment of ranks to words weighs as much as the draws are probable under it."""
     counts, law = drawn
     total, evidence = np.zeros(len(law)), 0.0
     for ranks in permutations(range(len(law))):
@@ -72,7 +72,7 @@ def test_nothing_seen_is_the_mean_law_and_many_words_are_the_law():
 
 
 def test_divergences_sum_to_what_the_words_tell_of_the_map():
-    """The chain rule: the reader's expected divergences add up to the information between map and words."""
+    """The chain rule: expected divergences add up to the information of map and words."""
     law, length = np.array([0.6, 0.3, 0.1]), 4
     maps = [law[list(ranks)] for ranks in permutations(range(3))]
     expected = np.zeros(length)
@@ -102,7 +102,7 @@ def windows_with_role_losses(process, sequences, context):
 
 
 def all_latents(grammar, habits):
-    """Every map of every role with every habit: maps and habits as in documents, and their probability."""
+    """Every map with every habit, as maps and habits of documents, and their probability."""
     laws = dict(zip(grammar.roles, grammar.frequencies))
     tables = [permutations(words.tolist()) for words in grammar.words]
     for child, parent in habits.items():

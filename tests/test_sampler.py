@@ -1,4 +1,4 @@
-"""Documents against independent oracles: nltk's probabilities, Zipf's law, exact shares, and themselves."""
+"""Documents against oracles: nltk's probabilities, Zipf's law, exact shares, themselves."""
 
 import hashlib
 
@@ -9,7 +9,7 @@ import torch
 from grammars import CLAUSES, RECURSIVE, make, random_grammar, sentence_grammars
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latentree.data.corpus import HELD_OUT, Stream, held_out, load_corpus, pack
+from latentree.data.corpus import HELD_OUT, Stream, held_out, load_corpus
 from latentree.data.sampler import GrammarProcess
 from scipy.stats import chi2_contingency, chisquare
 
@@ -26,7 +26,7 @@ def sentences(documents, field="tokens"):
     return [tuple(part.tolist()) for part in documents.token[field].tensor_split(ends)]
 
 
-# ---------------------------------------------------------------------- a pure function of (grammar, seed, id)
+# ---------------------------------------------------------------------- by number
 
 
 @pytest.mark.parametrize("name", ["bound", "bound-order3", "released-ngram"])
@@ -77,7 +77,7 @@ def test_a_gpu_draws_the_same_documents(name):
     [CLAUSES, "Sentence -> 'noun' 'verb' [0.5] | Sentence 'and' Sentence [0.25] | 'verb' [0.25]"],
 )
 def test_role_sequences_have_the_probabilities_of_nltk(sentence):
-    """Sampled strings (the recursive grammar's longer ones pooled) against nltk's inside probabilities."""
+    """Sampled strings, the longer ones pooled, against nltk's inside probabilities."""
     corpus = process(sentence, document=ONE_SENTENCE)
     roles = np.array(corpus.grammar.roles)
     sampled = sentences(corpus.documents(range(20_000)), "role")
@@ -218,9 +218,6 @@ def test_random_grammars_sample_what_they_say(sentence, binding, redraw):
         here = token["role"] == r
         words = documents.maps[role][token["unit"][here], token["rank"][here]]
         assert torch.equal(words, documents.tokens[here])
-    packed, lengths = pack(documents, 4)
-    assert lengths.sum() == len(documents.tokens)
-    assert torch.equal(packed["tokens"][packed["tokens"] >= 0], documents.tokens)
 
 
 # ---------------------------------------------------------------------- n-grams
@@ -242,7 +239,7 @@ def test_chain_has_the_static_corpus_statistics():
 
 
 def test_released_ngram_tables_are_those_of_the_release():
-    """Token 0 has probability 0.55 on average; conditional entropy 2.21 and entropy of the average 2.42 nats."""
+    """Token 0 has 0.55 on average; entropy of a table 2.21, of the average 2.42 nats."""
     p = load_corpus("released-ngram").probabilities
     assert float(p[:, 0].mean()) == pytest.approx(0.55, abs=0.02)
     assert float(-(p * p.log()).sum(1).mean()) == pytest.approx(2.21, abs=0.12)

@@ -1,4 +1,4 @@
-"""What a corpus is, corpora by name, and the rows of tokens that are cut from them: nothing is written to disk."""
+"""What a corpus is, corpora by name, and rows of tokens cut from them: nothing is stored."""
 
 import hashlib
 import json
@@ -7,26 +7,27 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
 from latentree.data.files import read_yaml
 from latentree.data.grammar import Grammar
-from latentree.data.grammar_file import ChainFile, HashedFile, checked
 
 HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
-BLOCK = 1 << 16  # documents whose order is shuffled together, where documents share latents
-REFILL = 1 << 17  # tokens that a stream samples at a time
+_BLOCK = 1 << 16  # documents whose order is shuffled together, where documents share latents
+_REFILL = 1 << 17  # tokens that a stream samples at a time
 
 
 @dataclass
 class Documents:
-    """Documents laid end to end: one entry per token in the fields of `token`, int64 (tokens,) each.
+    """Documents laid end to end: the fields of `token` have an entry per token, int64 (tokens,).
 
-    `token`: tokens; document (index into the ids asked for), position (in the document), and, from a grammar, role,
-    rank, sentence, paragraph, section (numbered within the document), place (in the sentence), shape (index into
-    `shapes`), unit (row of `maps` and `habits`).
-    `maps[role]` (units or 1, size): the token of each rank; `habits[child]` (units, parent size): the child rank that
-    each parent rank calls for.
+    - token: tokens; document (index into the ids asked for), position (in the document), and, from
+      a grammar, role, rank, sentence, paragraph, section (numbered within the document), place (in
+      the sentence), shape (index into `shapes`), unit (row of `maps` and `habits`).
+    - count: how many documents; shapes: those of their sentences (grammar.Shape).
+    - maps[role] (units, size): the token of each rank; habits[child] (units, parent's size): the
+      child's rank that each parent's rank calls for.
     """
 
     token: dict
@@ -48,13 +49,14 @@ def position_within(group):
 
 
 class Corpus:
-    """Text of any kind: each of its documents is a pure function of its number, so it need not be stored.
+    """Text of any kind: each document is a pure function of its number, so none is stored.
 
-    - name, seed; kind ("PCFG", "flat", "n-gram", ...: its colour in figures) and label (its name in figures).
+    - name, seed; kind ("PCFG", "flat", "n-gram", ...: its colour in figures), label (its name there).
     - vocabulary_size, and end, the token that closes a sentence or text (None: there is none).
     - mean_document_length in tokens.
     - repetitions: how many documents in a row share their latents.
-    - held_out_limit: how many held-out documents have no sentence in common with training (None: this is not asked).
+    - held_out_limit: how many held-out documents have no sentence in common with training (None:
+      this is not asked).
     - grammar: the Grammar that its sentences follow, or None.
     """
 
@@ -68,8 +70,8 @@ class Corpus:
         self.mean_document_length = mean_document_length
         self._content = content
 
-    def documents(self, ids, device="cpu", detail=True):
-        """Documents by number: `ids` (documents,), integers >= 0; from HELD_OUT on they are held out.
+    def documents(self, ids, device="cpu", detail=True) -> Documents:
+        """Documents by number, `ids` (documents,) >= 0; from HELD_OUT on they are held out.
 
         Without `detail` only the fields tokens and document need be filled.
         """
@@ -77,21 +79,22 @@ class Corpus:
 
     @cached_property
     def digest(self):
-        """Eight hex digits of what the corpus is made of, its seed apart: equal ones give the same documents."""
+        """Eight hex digits of all but the seed that decides what the documents are."""
         return hashlib.sha256(json.dumps(self._content).encode()).hexdigest()[:8]
 
     def apart(self, first, count):
-        """Numbers of `count` documents from `first` on, (count,), no two of which share their latents."""
+        """Numbers (count,) of documents from `first` on, no two of which share their latents."""
         return first + torch.arange(count) * self.repetitions
 
     def training_ids(self, place):
-        """The training documents that stand at the places (int64 tensor of any shape) of the corpus.
+        """Numbers of the documents that training reads at places (int64, any shape) of the text.
 
-        Where documents share latents, they are shuffled within blocks, so that those which share lie far apart.
+        Where documents share latents, they are shuffled within blocks, so that those which share
+        lie far apart.
         """
         if self.repetitions == 1:
             return place
-        block = BLOCK - BLOCK % self.repetitions
+        block = _BLOCK - _BLOCK % self.repetitions
         key = counter.mix(torch.tensor(self.seed)) ^ counter.GOLDEN
         number = place // block
         shuffled = torch.empty_like(place)
@@ -102,20 +105,17 @@ class Corpus:
         return shuffled
 
 
-def load_corpus(name, folder="params/grammars", seed=0):
-    """The Corpus that the file `folder`/`name`.yaml describes, with a seed.
+def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
+    """The corpus that the file `folder`/`name`.yaml describes, with a seed.
 
     Raises ValueError for a file that is missing or wrong.
     """
-    from latentree.data.ngrams import (  # these are corpora: they import this module
-        Chain,
-        HashedTables,
-    )
+    from latentree.data.ngrams import Chain, HashedTables  # corpora, which import this module
     from latentree.data.sampler import GrammarProcess
 
     path = Path(folder) / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise ValueError(f"corpus {name!r}: no file {path}; corpora there: {known}")
     content = read_yaml(path)
     if content.get("name") != name:
@@ -123,139 +123,115 @@ def load_corpus(name, folder="params/grammars", seed=0):
             f"grammar file {path}: name is {content.get('name')!r}; give file and name the same"
         )
     kind = content.get("kind")
+    if kind not in ("n-gram", "hashed n-gram"):
+        return GrammarProcess(Grammar(content), seed)
+    fields = {key: value for key, value in content.items() if key not in ("kind", "about")}
     if kind == "hashed n-gram":
-        fields = checked(HashedFile, content, name).model_dump(exclude={"kind", "about"})
         return HashedTables(seed=seed, **fields)
-    if kind == "n-gram":
-        fields = checked(ChainFile, content, name).model_dump(exclude={"kind", "about"})
-        parent = load_corpus(fields.pop("parent"), folder, seed)
-        return Chain(parent, seed=seed, **fields)
-    return GrammarProcess(Grammar(content), seed)
-
-
-def pack(documents, documents_per_row, fields=("tokens",)):
-    """Lay documents end to end in rows, `documents_per_row` to each: {field: (rows, longest)}, and lengths (rows,).
-
-    Places past a row's end hold -1.
-    """
-    row = documents.token["document"] // documents_per_row
-    rows = documents.count // documents_per_row
-    lengths = torch.bincount(row, minlength=rows)
-    column = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
-    packed = {}
-    for name in fields:
-        value = documents.token[name]
-        packed[name] = value.new_full((rows, int(lengths.max())), -1)
-        packed[name][row, column] = value
-    return packed, lengths
+    parent = load_corpus(fields.pop("parent"), folder, seed)
+    return Chain(parent, seed=seed, **fields)
 
 
 class Stream:
-    """An endless stream of training batches: each row is an endless lane of documents, cut into windows.
+    """Training batches without end: each row is an endless lane of documents, cut into windows.
 
-    Row b of a batch reads documents b, b + total_rows, b + 2 total_rows, ... of the corpus, packed without a boundary
-    mark; successive batches continue it. Which documents a row reads depends on nothing but `total_rows`, so any number
-    of processes, each with its own rows, sees the same corpus.
+    Row b of a batch reads documents b, b + total_rows, b + 2 total_rows, ... of the corpus, packed
+    without a boundary mark; successive batches continue it. Which documents a row reads depends on
+    nothing but `total_rows`, so any number of processes, each with its own rows, sees the same
+    corpus.
     """
 
     def __init__(self, corpus, rows, context, device="cpu", first_row=0, total_rows=None):
         self.corpus, self.rows, self.context, self.device = corpus, rows, context, device
         self.first_row, self.total_rows = first_row, total_rows or rows
         self._next = 0  # documents each row has read
-        self._buffer = torch.empty(rows, 0, dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._shortest = 0
-        self._used = 0
+        self._hold([torch.empty(0, dtype=torch.int64)] * rows)
 
     def next_batch(self):
         """The next (rows, context) tokens, int64."""
-        while self._shortest - self._used < self.context:
-            self._refill()
+        per_row = max(1, round(_REFILL / (self.rows * self.corpus.mean_document_length)))
+        while min(self._lengths) - self._used < self.context:
+            row = self.first_row + torch.arange(self.rows)[:, None]
+            fresh = self._read(row, self._next + torch.arange(per_row))
+            fresh = _rows(fresh.tokens, fresh.token["document"] // per_row)
+            self._hold([torch.cat(parts) for parts in zip(self._left(), fresh)])
+            self._next += per_row
         batch = self._buffer[:, self._used : self._used + self.context]
         self._used += self.context
         return batch
 
-    def _refill(self):
-        per_row = max(1, round(REFILL / (self.rows * self.corpus.mean_document_length)))
-        lane = self.first_row + torch.arange(self.rows)
-        place = lane[:, None] + (self._next + torch.arange(per_row)) * self.total_rows
-        fresh = self.corpus.documents(
-            self.corpus.training_ids(place.flatten()), self.device, detail=False
-        )
-        packed, lengths = pack(fresh, per_row)
-        kept = self._buffer[:, self._used :]
-        old = self._lengths - self._used
-        buffer = torch.full(
-            (self.rows, int((old + lengths).max())), -1, dtype=torch.int64, device=self.device
-        )
-        buffer[:, : kept.shape[1]] = kept[:, : buffer.shape[1]]
-        row, column = (packed["tokens"] >= 0).nonzero(as_tuple=True)
-        buffer[row, old[row] + column] = packed["tokens"][row, column]
-        self._buffer, self._lengths, self._used = buffer, old + lengths, 0
-        self._shortest = int(self._lengths.min())
-        self._next += per_row
+    def _read(self, row, number):
+        """Training documents by their number in a row's lane; tensors that broadcast."""
+        ids = self.corpus.training_ids((row + number * self.total_rows).flatten())
+        return self.corpus.documents(ids, self.device, detail=False)
+
+    def _hold(self, lanes):
+        """Have the tokens `lanes`, a tensor for each row, next."""
+        self._lengths, self._used = [len(lane) for lane in lanes], 0
+        self._buffer = pad_sequence(lanes, batch_first=True).to(self.device)
+
+    def _left(self):
+        """The tokens of each row that were not given out yet."""
+        lanes = zip(self._buffer, self._lengths)
+        return [lane[self._used : length] for lane, length in lanes]
 
     def state_dict(self):
-        """What is needed to go on exactly here: how many documents each row has read, and what is left of them."""
-        left = [
-            row[self._used : length].clone()
-            for row, length in zip(self._buffer, self._lengths.tolist())
-        ]
+        """What is needed to go on exactly here: documents that each row has read, and the rest."""
+        left = [lane.clone() for lane in self._left()]
         return {"first_row": self.first_row, "next": self._next, "left": left}
 
     def load_state_dict(self, *states):
-        """Go on where the streams that gave `states` stood, together or this one alone: each row where it was."""
-        found = {
-            state["first_row"] + i: (state["next"], row)
-            for state in states
-            for i, row in enumerate(state["left"])
-        }
-        mine = [found[self.first_row + i] for i in range(self.rows)]
-        self._next, self._used = max(read for read, _ in mine), 0
+        """Go on where the streams that gave `states` stood, this one or several: each row there."""
+        stood = {}
+        for state in states:
+            for row, left in enumerate(state["left"], state["first_row"]):
+                stood[row] = (state["next"], left)
+        rows = range(self.first_row, self.first_row + self.rows)
+        self._next = max(stood[row][0] for row in rows)
         lanes = []
-        for lane, (read, left) in enumerate(
-            mine, self.first_row
-        ):  # rows of other processes may have read less
-            unread = lane + torch.arange(read, self._next) * self.total_rows
-            fresh = (
-                self.corpus.documents(
-                    self.corpus.training_ids(unread), self.device, detail=False
-                ).tokens
-                if len(unread)
-                else left[:0]
-            )
-            lanes.append(torch.cat([left.to(self.device), fresh.to(self.device)]))
-        self._buffer = torch.nn.utils.rnn.pad_sequence(lanes, batch_first=True, padding_value=-1)
-        self._lengths = torch.tensor([len(lane) for lane in lanes], device=self.device)
-        self._shortest = int(self._lengths.min())
+        for row in rows:
+            read, left = stood[row]
+            lanes.append(left.to(self.device))
+            if read < self._next:  # in another process, which had read less
+                fresh = self._read(row, torch.arange(read, self._next)).tokens
+                lanes[-1] = torch.cat([lanes[-1], fresh])
+        self._hold(lanes)
+
+
+def _rows(field, row):
+    """A field (tokens,) cut into rows, by the row of each token, in order."""
+    return field.split(torch.bincount(row).tolist())
 
 
 def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
-    """Windows of whole documents from number `first` on: each row begins a document, and others follow until it is full.
+    """Windows of documents from number `first` on: one begins each row, others fill it up.
 
-    Of documents that share their latents only the first is taken, so that windows are independent of each other.
-
-    Returns {field: (sequences, context)} for every field of the documents, those that `annotate(documents)` gives
-    included (a dict of (tokens,) tensors).
+    Of documents that share their latents only the first is taken, so that windows are independent.
+    Returns {field: (sequences, context)} for every field of the documents, those that
+    `annotate(documents)` gives included (a dict of (tokens,) tensors).
+    Raises ValueError for more held-out text than the corpus keeps apart from training.
     """
-    per_row = max(1, int(context / corpus.mean_document_length) + 1)
-    while True:
+    per_row, shortest = int(context / corpus.mean_document_length), 0
+    while shortest < context:
+        per_row += 1
         needed = first - HELD_OUT + sequences * per_row
         if first >= HELD_OUT and corpus.held_out_limit and needed > corpus.held_out_limit:
             raise ValueError(
-                f"{corpus.name}: {sequences} held-out sequences of {context} tokens need {needed} documents, but "
-                f"exclude_held_out keeps {corpus.held_out_limit} out of training; ask for fewer"
+                f"{corpus.name}: {sequences} held-out sequences of {context} tokens need {needed} "
+                f"documents, but exclude_held_out keeps {corpus.held_out_limit} out of training; "
+                "ask for fewer"
             )
         documents = corpus.documents(corpus.apart(first, sequences * per_row), device)
-        packed, lengths = pack(documents, per_row)
-        if int(lengths.min()) >= context:
-            break
-        per_row += 1
-    documents.token.update(annotate(documents) if annotate else {})
-    packed, _ = pack(documents, per_row, tuple(documents.token))
-    return {name: value[:, :context] for name, value in packed.items()}
+        row = documents.token["document"] // per_row
+        shortest = int(torch.bincount(row).min())
+    if annotate:
+        documents.token.update(annotate(documents))
+    found = {}
+    for name, value in documents.token.items():
+        found[name] = torch.stack([part[:context] for part in _rows(value, row)])
+    return found
 
 
 def held_out(corpus, sequences, context, device="cpu", annotate=None):
-    """`windows` of held-out documents. ValueError if the grammar keeps fewer of them apart from training."""
+    """`windows` of held-out documents."""
     return windows(corpus, sequences, context, HELD_OUT, device, annotate)

@@ -1,8 +1,9 @@
 """Random numbers from counters: every draw is a pure function of integer keys.
 
-A draw is the hash of a key, so it does not depend on what was drawn before it, in which batch, by which process or
-on which device: all arithmetic is on 64-bit integers, which wrap alike everywhere. The hash is the finaliser of
-SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators").
+A draw is the hash of a key, so it does not depend on what was drawn before it, in which batch, by
+which process or on which device: all arithmetic is on 64-bit integers, which wrap alike everywhere.
+The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+number generators").
 """
 
 import numpy as np
@@ -30,7 +31,7 @@ def uniform(key):
 
 
 def thresholds(probabilities):
-    """Integer cumulative thresholds of a distribution (n,): `draw` returns index i with probability p[i]."""
+    """Integer cumulative thresholds (n,) with which `draw` gives index i with probability p[i]."""
     cumulative = torch.as_tensor(probabilities, dtype=torch.float64).cumsum(-1)
     limits = (cumulative / cumulative[..., -1:] * 2**BITS).round().to(torch.int64)
     return limits
@@ -44,8 +45,8 @@ def draw(limits, key):
 def shuffled(key, size):
     """A uniformly random order of `size` < 2**20 items for each key: (..., size).
 
-    Items are sorted by random numbers that carry the item in their low 20 bits. NumPy sorts rows several times faster
-    than torch on a CPU; the numbers are distinct, so both give the same order.
+    Items are sorted by random numbers that carry the item in their low 20 bits. NumPy sorts rows
+    several times faster than torch on a CPU; the numbers are distinct, so both give the same order.
     """
     place = torch.arange(size, device=key.device)
     tagged = subkey(key[..., None], place) & ~0xFFFFF | place

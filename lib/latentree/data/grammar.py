@@ -1,9 +1,9 @@
 """A grammar, and what it says exactly: sentence shapes, lengths, frequencies.
 
-A grammar file gives a probabilistic context-free grammar over ROLES (subject, verb, ...), the words of each role, and
-the latents that decide which word a role's rank means in which part of the corpus. Tokens come from roles in two
-steps: the sentence grammar yields a string of roles, and a role draws a rank from its Zipf law, which the map of the
-place where it stands turns into a token.
+A grammar file gives a probabilistic context-free grammar over ROLES (subject, verb, ...), the words
+of each role, and the latents that decide which word a role's rank means in which part of the
+corpus. Tokens come from roles in two steps: the sentence grammar yields a string of roles, and a
+role draws a rank from its Zipf law, which the map of the place where it stands turns into a token.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import nltk
 import numpy as np
 
-from latentree.data.grammar_file import END, GrammarFile, Role, checked
+from latentree.data.grammar_file import END, Role, checked
 
 SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
 
 
 class Production(NamedTuple):
-    """One way to rewrite the nonterminal number `left`: into nonterminals (numbers) and roles (names)."""
+    """A way to rewrite nonterminal number `left`: as nonterminals (numbers) and roles (names)."""
 
     left: int
     right: tuple
@@ -38,7 +38,7 @@ class Production(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """One derivation of a sentence: its roles, whom each word binds to (position, or -1), its tree, its probability."""
+    """A derivation of a sentence; binds_to: the place of the word that each one follows, or -1."""
 
     roles: tuple
     binds_to: tuple
@@ -50,14 +50,15 @@ class Grammar:
     """A checked grammar and its exact quantities. Raises ValueError for one that cannot be sampled.
 
     - file: the fields of its file; name; roles: their names, `end` last.
-    - sizes (roles,), frequencies[role] (size,) by rank, and words[role] (size,), the token of each rank before any
-      map: here and below roles go by number. role_of (vocabulary,) is each token's role.
+    - sizes (roles,), frequencies[role] (size,) by rank, and words[role] (size,), the token of each
+      rank before any map: here and below roles go by number. role_of (vocabulary,) is each token's
+      role.
     - vocabulary_size, and end, its last token.
     - nonterminals: their names, the start symbol first; productions: all Productions.
     """
 
     def __init__(self, content):
-        self.file = checked(GrammarFile, content, content.get("name", "without a name"))
+        self.file = checked(content)
         self.name = self.file.name
         self.roles = (*self.file.roles, END)
         self.role_specs = (*self.file.roles.values(), Role(size=1))
@@ -109,7 +110,7 @@ class Grammar:
         return list(number), productions
 
     def _check_expected_length(self):
-        """Refuse sentences of infinite expected length: an expansion must yield less than one of its own kind."""
+        """Refuse infinite expected length: an expansion must yield less than one of its kind."""
         values, vectors = np.linalg.eig(self._offspring)
         worst = np.argmax(abs(values))
         if abs(values[worst]) >= 1 - 1e-9:
@@ -122,7 +123,7 @@ class Grammar:
 
     @property
     def content(self):
-        """All that decides what is drawn, in lists and dicts: neither names nor how the file is written."""
+        """All that decides what is drawn, in lists and dicts: neither names nor comments."""
         said = self.file.model_dump(exclude={"name", "kind", "label", "about", "sentence"})
         return said | {"redraw": sorted(self.file.redraw.items()), "productions": self.productions}
 
@@ -139,7 +140,7 @@ class Grammar:
 
     @cached_property
     def _offspring(self):
-        """Expected number of each nonterminal (column) in one expansion of each nonterminal (row)."""
+        """Expected number of each nonterminal (column) in an expansion of each one (row)."""
         matrix = np.zeros((len(self.nonterminals), len(self.nonterminals)))
         for production in self.productions:
             for symbol in production.nonterminals:
@@ -180,7 +181,7 @@ class Grammar:
 
     @cached_property
     def shapes(self):
-        """Every derivation as a Shape, most probable first; None for a recursive grammar or one with too many."""
+        """Every derivation, most probable first; None for a recursive grammar or too many."""
         contains = (self._offspring > 0).astype(float)
         if np.linalg.matrix_power(contains, len(contains)).any():  # a symbol contains itself
             return None
@@ -192,7 +193,7 @@ class Grammar:
         return sorted(shapes, key=lambda shape: (-shape.probability, shape.roles))
 
     def _expand(self, symbols):
-        """Yield (production choices in leftmost order, probability) for every way to expand `symbols`."""
+        """Yield (production choices, probability) for every leftmost expansion of `symbols`."""
         while symbols and isinstance(symbols[0], str):
             symbols = symbols[1:]
         if not symbols:
@@ -206,7 +207,8 @@ class Grammar:
     def shape(self, choices, probability=None):
         """The Shape that a sequence of production choices (leftmost derivation) spells out.
 
-        A word binds to the sibling of the role it has a habit for, in the same production; without one it is free.
+        A word binds to the sibling of the role it has a habit for, in the same production; without
+        one it is free.
         """
         choices = iter(choices)
         roles, binds_to = [], []

@@ -1,4 +1,4 @@
-"""What the file of a corpus (params/grammars/*.yaml) may say, checked field by field."""
+"""What a grammar file (params/grammars/*.yaml) may say, checked field by field."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 LEVELS = ("corpus", "document", "section", "paragraph", "sentence")
 END = "end"  # the role that closes every sentence: one token, the last of the vocabulary
-Share = Annotated[float, Field(ge=0, le=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Fields(BaseModel):
@@ -15,7 +15,7 @@ class _Fields(BaseModel):
 
 
 class Role(_Fields):
-    """The words of a role: how many, and the exponent of the Zipf law over their ranks (0: uniform)."""
+    """A role's words: how many, and the exponent of the Zipf law over their ranks (0: uniform)."""
 
     size: int = Field(gt=0, lt=1 << 24)
     zipf: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -47,22 +47,26 @@ class DocumentShape(_Fields):
         return counts[level]
 
 
-class _CorpusFile(_Fields):
+class GrammarFile(_Fields):
+    """A grammar, its words and its latents.
+
+    - sentence: productions, as nltk writes them: S -> A 'role' [0.5] | B [0.5].
+    - redraw: the share of the maps and habits that is drawn afresh at a level.
+    - habits: {role: the role that it follows}, which a word does with probability `binding`.
+    - repetitions: how many documents in a row have the same latents.
+    - exclude_held_out: how many held-out documents share no sentence with training.
+    """
+
     name: str
-    label: str = ""  # its name in figures, if not `name`
-    about: str = ""
-
-
-class GrammarFile(_CorpusFile):
-    """A grammar, its words and its latents."""
-
     kind: Literal["PCFG", "flat", "static", "small release", "small release, flat"] = "PCFG"
+    label: str = ""
+    about: str = ""
     sentence: str
     roles: dict[str, Role]
     document: DocumentShape
-    redraw: dict[Literal[*LEVELS], Share]
+    redraw: dict[Literal[*LEVELS], _Share]
     habits: dict[str, str] = {}
-    binding: Share = 0.0
+    binding: _Share = 0.0
     repetitions: int = Field(default=1, gt=0)
     exclude_held_out: int = Field(default=0, ge=0)
 
@@ -96,32 +100,15 @@ class GrammarFile(_CorpusFile):
         return binding
 
 
-class HashedFile(_CorpusFile):
-    """The release's n-gram corpus: how many words and tables."""
-
-    kind: Literal["hashed n-gram"]
-    vocabulary_size: int = Field(default=1000, gt=1)
-    tables: int = Field(default=1000, gt=0)
-
-
-class ChainFile(_CorpusFile):
-    """An order-n chain with the counts of a sample of its parent, the name of another grammar file."""
-
-    kind: Literal["n-gram"]
-    parent: str
-    order: int = Field(default=3, gt=0)
-    sample_tokens: int = Field(default=1_000_000, gt=0)
-
-
-def checked(model, content, name):
-    """`content` as a pydantic `model`. Raises ValueError, one line that names the first field that is wrong."""
+def checked(content):
+    """The GrammarFile of a mapping. Raises ValueError, a line on the first field that is wrong."""
     try:
-        return model(**content)
+        return GrammarFile(**content)
     except ValidationError as error:
         first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
     given = "" if first["type"] == "missing" else f" = {first['input']!r}"
     mend = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        mend = f"no such field; fields: {', '.join(model.model_fields)}"
-    raise ValueError(f"grammar {name}: {field}{given}: {mend}")
+        mend = f"no such field; fields: {', '.join(GrammarFile.model_fields)}"
+    raise ValueError(f"grammar {content.get('name')}: {field}{given}: {mend}")

@@ -1,4 +1,4 @@
-"""The two n-gram controls: the release's hashed tables, and a chain estimated from a corpus with structure."""
+"""The two n-gram controls: the release's hashed tables, and a chain estimated from a corpus."""
 
 import torch
 
@@ -7,12 +7,12 @@ from latentree.data.corpus import Corpus, Documents, position_within
 
 
 class HashedTables(Corpus):
-    """The released n-gram corpus: the last tokens, hashed, choose one of many Zipf laws over token index.
+    """The released n-gram corpus: the last tokens, hashed, choose one of many Zipf laws.
 
-    Each token draws an order from `orders` with weight i**-1.5 (i = 1, 2, ...), that many last tokens (fewer at the
-    start of a document) are hashed to one of `tables`, and table j is a Zipf law over token index with exponent
-    max(Normal(2.0, 1.2), 1.2): probabilities (tables, vocabulary - 1). A document has 10 + U{0..99} tokens and then
-    the end token.
+    Each token draws an order from `orders` with weight i**-1.5 (i = 1, 2, ...), that many last
+    tokens (fewer at the start of a document) are hashed to one of `tables`, and table j is a Zipf
+    law over token index with exponent max(Normal(2.0, 1.2), 1.2): probabilities (tables, vocabulary
+    - 1). A document has 10 + U{0..99} tokens and then the end token.
     """
 
     orders = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -44,7 +44,7 @@ class HashedTables(Corpus):
         self._powers = self._powers.cumprod(0)  # which wraps, as the hash does
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
+        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._limits:
             self._limits[device] = self._limits["cpu"].to(device)
@@ -74,7 +74,8 @@ class HashedTables(Corpus):
     def _table(self, prefix, t, order):
         """Number of the table that `order` (documents,) last tokens before place t choose.
 
-        A rolling polynomial hash of each prefix (documents, places) gives that of any last tokens in one subtraction.
+        A rolling polynomial hash of each prefix (documents, places) gives that of any last tokens
+        in one subtraction.
         """
         context = order.clamp(max=t)
         start = prefix.gather(1, (t - context)[:, None])[:, 0]
@@ -82,9 +83,11 @@ class HashedTables(Corpus):
         return (hashed >> 1 & 0x3FFFFFFFFFFFFFFF) % self.tables
 
     def token_losses(self, documents, knows_tables=True):
-        """Exact loss of each token of whole documents in nats (tokens,): knowing hash and tables, or their average only.
+        """Exact loss of each token of whole documents, in nats (tokens,).
 
-        The order is hidden, so the first mixes the tables of all orders; both know how document lengths are spread.
+        With `knows_tables` of who knows the hash and all tables, else their average only. The order
+        is hidden, so the first mixes the tables of all orders; both know how document lengths are
+        spread.
         """
         document, place = documents.token["document"], documents.token["position"]
         tokens = torch.zeros(documents.count, int(place.max()) + 1, dtype=torch.int64)
@@ -107,19 +110,20 @@ class HashedTables(Corpus):
 
 
 class Chain(Corpus):
-    """An order-n Markov chain with the exact n+1-gram counts of a sample of another corpus, read as a ring.
+    """An order-n Markov chain with the n+1-gram counts of a sample of a corpus, read as a ring.
 
-    Because the sample is a ring, its own contexts are the chain's stationary distribution and no context lacks a
-    successor: the chain's loss is the sample's conditional entropy, exactly. A document starts after an end token and
-    lasts as many end tokens as the documents it was estimated from. grams (sample,) has every context and next token
-    of the ring, as one number in base vocabulary_size, in order.
+    Because the sample is a ring, its own contexts are the chain's stationary distribution and no
+    context lacks a successor: the chain's loss is the sample's conditional entropy, exactly. A
+    document starts after an end token and lasts as many end tokens as the documents it was
+    estimated from. grams (sample,) has every context and next token of the ring, as one number in
+    base vocabulary_size, in order.
     """
 
     def __init__(self, parent, order=3, sample_tokens=1_000_000, seed=0, name="", label=""):
         if parent.grammar is None or parent.vocabulary_size ** (order + 1) >= 2**62:
             raise ValueError(
-                f"chain of order {order} of {parent.name}: has no sentences, or {parent.vocabulary_size} words to the "
-                f"power {order + 1} do not fit an integer; use a parent with a grammar or a lower order"
+                f"chain of order {order} of {parent.name}: has no grammar, or {order + 1} of its "
+                f"{parent.vocabulary_size} words do not fit an integer; use another parent or order"
             )
         super().__init__(
             name=name or f"{parent.name}-order{order}",
@@ -145,7 +149,7 @@ class Chain(Corpus):
         self._on = {"cpu": (self.grams, openings)}
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), drawn side by side, one token of each at a time."""
+        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._on:
             self._on[device] = tuple(table.to(device) for table in self._on["cpu"])
@@ -166,7 +170,7 @@ class Chain(Corpus):
         return _documents(torch.stack(tokens, 1))
 
     def losses(self):
-        """Exact loss in nats per token of the best predictor that sees n = 0..order last tokens: a list of order + 1."""
+        """Exact nats per token of the best predictor that sees n last tokens, for n = 0..order."""
         values = []
         for n in range(self.order + 1):
             grams = self.grams % self.vocabulary_size ** (n + 1)

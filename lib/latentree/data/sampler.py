@@ -1,7 +1,8 @@
-"""Documents of a grammar: any document by its number, sampled on any device with integer arithmetic only.
+"""Documents of a grammar: any by its number, on any device, with integer arithmetic only.
 
-Order of the draws: a document's latents (for each level that redraws, from the corpus down), a shape for each
-sentence, a rank for each word, and last the maps that turn ranks into tokens. Each draw has its own key (counter.py).
+Order of the draws: a document's latents (for each level that redraws, from the corpus down), a
+shape for each sentence, a rank for each word, and last the maps that turn ranks into tokens. Each
+draw has its own key (counter.py).
 """
 
 from functools import cached_property
@@ -45,11 +46,11 @@ class GrammarProcess(Corpus):
         self._tables = ()
 
     def changed(self, **fields):
-        """The same corpus, its seed included, with other values for some fields of its grammar file."""
+        """The same corpus and seed, with other values for some fields of its grammar file."""
         return GrammarProcess(Grammar(self.grammar.file.model_dump() | fields), self.seed)
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number. `ids` (documents,) integers >= 0; from HELD_OUT on they are held out.
+        """Documents by number, `ids` (documents,) >= 0; from HELD_OUT on they are held out.
 
         Without `detail` only the fields tokens and document are filled.
         """
@@ -84,10 +85,11 @@ class GrammarProcess(Corpus):
         return Documents(token, len(ids), self._shapes, by_role, habits)
 
     def token_frequencies(self):
-        """Exact share of each token in the corpus (vocabulary,), given the seed's corpus-level maps and habits.
+        """Exact share of each token (vocabulary,), given the corpus-level maps and habits.
 
-        Permuting a random k of n entries leaves a rank with its word with weight (n - k) / (n - 1) and mixes it evenly
-        with the others otherwise; a habit survives a redraw of k of n with probability 1 - k / n.
+        Permuting a random k of n entries leaves a rank with its word with weight (n - k) / (n - 1)
+        and mixes it evenly with the others otherwise; a habit survives a redraw of k of n with
+        probability 1 - k / n.
         """
         grammar, file = self.grammar, self.grammar.file
         redrawn = {"corpus": file.redraw.get("corpus", 0.0)}
@@ -95,7 +97,7 @@ class GrammarProcess(Corpus):
         shares = [share for level, share in file.redraw.items() if level != "corpus"]
 
         def law_of(role, siblings):
-            """P(rank) in a production: by the role's own Zipf law, or by what its parent's ranks call for."""
+            """P(rank) in a production: by Zipf's law, or by what its parent's ranks call for."""
             law, parent = grammar.frequencies[grammar.roles.index(role)], file.habits.get(role)
             if file.binding == 0 or parent not in siblings:
                 return law
@@ -123,7 +125,7 @@ class GrammarProcess(Corpus):
     # ------------------------------------------------------------------ latents
 
     def _latents(self, ids, document_key):
-        """Maps (units, all words), habits {child: (units, parents)}: a unit of the finest level that redraws a row."""
+        """Maps (unit, word) and habits {child: (unit, parent)}, by units of the finest level."""
         grammar, file = self.grammar, self.grammar.file
         key_of = {"corpus": counter.subkey(self._key.to(ids.device), -1)[None]}
         maps, habits = torch.arange(self.vocabulary_size, device=ids.device)[None], {}
@@ -156,7 +158,7 @@ class GrammarProcess(Corpus):
         return maps, habits
 
     def _draw_habits(self, child, key):
-        """For each key and each rank of the child's parent, a child rank from the child's own Zipf law."""
+        """For each key and each rank of the child's parent, a rank from the child's own law."""
         roles = self.grammar.roles
         r, parent = roles.index(child), roles.index(self.grammar.file.habits[child])
         ranks = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
@@ -208,7 +210,7 @@ class GrammarProcess(Corpus):
         return torch.searchsorted(limits, drawn, right=True) - begins[role]
 
     def _shape_tables(self, device):
-        """Role and binding of each position of each known shape, (shapes, longest), -1 past the end; lengths (shapes,)."""
+        """Roles and bindings of all known shapes (shape, longest), -1 past the end; lengths."""
         if not self._tables or len(self._tables[2]) != len(self._shapes):
             number = {name: r for r, name in enumerate(self.grammar.roles)}
             roles, bindings = [], []
@@ -221,7 +223,7 @@ class GrammarProcess(Corpus):
         return [table.to(device) for table in self._tables]
 
     def _draw_shapes(self, key):
-        """Index of a shape for each key: one draw where shapes are enumerated, else a derivation by stacks."""
+        """Index of a shape for each key: one draw if shapes are enumerated, else a derivation."""
         if self.grammar.shapes:
             limits = counter.thresholds([shape.probability for shape in self.grammar.shapes])
             return counter.draw(limits.to(key.device), key)
@@ -236,7 +238,7 @@ class GrammarProcess(Corpus):
         return torch.tensor(numbers, device=key.device)[shape]
 
     def _derive(self, key):
-        """Production choices of a leftmost derivation for each key: (sentences, steps), -1 when done.
+        """Production choices of a leftmost derivation for each key: (sentence, step), -1 when done.
 
         All sentences expand the symbol on top of their stack at once, until every stack is empty.
         """
@@ -266,10 +268,10 @@ class GrammarProcess(Corpus):
             steps.append(torch.full_like(key, -1).scatter(0, live, choice))
         return torch.stack(steps, 1)
 
-    # ------------------------------------------------------------------ sentences kept for evaluation
+    # ------------------------------------------------------------------ sentences held out
 
     def _avoid_held_out(self, key, unit, maps, habits, training):
-        """Keys under which no training sentence occurs in one of the first held-out documents: theirs, or redrawn ones."""
+        """The keys, but redrawn where a training sentence occurs in a held-out document."""
         key, again = key.clone(), training.nonzero()[:, 0]
         for _ in range(1000):
             token = self._sentences(key[again], unit[again], maps, habits)
@@ -296,7 +298,7 @@ def _choose(key, size, share):
 
 
 def _permute(rows, chosen):
-    """Permute, in place, the entries of rows (n, size) at places `chosen` (n, count, in random order) among themselves."""
+    """Permute in place what rows (n, size) have at places `chosen` (n, count), in random order."""
     values = rows.gather(1, chosen)
     if chosen.shape == rows.shape:
         rows.copy_(values)

@@ -1,4 +1,4 @@
-"""A text as a corpus: the same interface as the sampled corpora, so that every measurement takes either."""
+"""A text as a corpus, so that every measurement takes it as it takes sampled ones."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ class Text(Corpus):
         place = ((torch.as_tensor(ids) - HELD_OUT) % self.count).tolist()
         if len(set(place)) < len(place):
             raise ValueError(
-                f"text {self.name}: {len(place)} documents are asked for, it has {self.count}; give a longer "
-                "text, or fewer or shorter sequences"
+                f"text {self.name}: {len(place)} documents are asked for, it has {self.count}; "
+                "give a longer text, or fewer or shorter sequences"
             )
         rows = [self._documents[at] for at in place]
         lengths = torch.tensor([len(row) for row in rows])
@@ -50,11 +50,11 @@ def load_text(
     shortest: int = 16,
     longest: int = 4096,
 ) -> Text:
-    """The first `documents` documents of `source` with at least `shortest` tokens, cut off after `longest`.
+    """The first documents of `source` with at least `shortest` tokens, cut off after `longest`.
 
-    `source` is a text file (documents between empty lines), a .jsonl file (field text), or a data set on the hub,
-    streamed: "allenai/c4" or, with its configuration, "allenai/c4:en". `vocabulary_size` is the model's, where it is
-    larger than the tokenizer's (many are padded).
+    `source` is a text file (documents between empty lines), a .jsonl file (field text), or a data
+    set on the hub, streamed: "allenai/c4" or, with its configuration, "allenai/c4:en".
+    `vocabulary_size` is the model's, where it is larger than the tokenizer's (many are padded).
     Raises ValueError for a tokenizer without an end token, or less than 2 documents.
     """
     end = tokenizer.eos_token_id
@@ -71,7 +71,8 @@ def load_text(
             break
     if len(kept) < 2:
         raise ValueError(
-            f"text = {source!r}: has {len(kept)} documents of {shortest} tokens or more; give a longer text"
+            f"text = {source!r}: has {len(kept)} documents of {shortest} tokens or more; give a "
+            "longer text"
         )
     return Text(Path(source).stem, kept, max(len(tokenizer), vocabulary_size), end)
 

@@ -7,8 +7,8 @@ latent-aware: also knows the maps and habits that hold where each token stands. 
 in-sentence: the best predictor of a sentence whose latents are fresh: it infers them from the
     sentence's own words. This is the floor of a flat corpus.
 
-Here are expected values, by enumeration of the grammar's shapes; `predictors.token_losses` has those
-of given tokens. Raises ValueError for a grammar whose shapes cannot be enumerated.
+Here are expected values, by enumeration of the grammar's shapes; `predictors.token_losses` has
+those of given tokens. Raises ValueError for a grammar whose shapes cannot be enumerated.
 """
 
 from collections import defaultdict
@@ -22,11 +22,11 @@ MOST_PARENTS = 16  # of which all subsets are enumerated, for a habit's marginal
 
 
 def expected(grammar):
-    """Exact expected losses by role: DataFrame (role, share, syntax_only, latent_aware), last row role 'all'.
+    """Exact expected losses: DataFrame (role, share, syntax_only, latent_aware).
 
-    `share` is the role's share of tokens; losses are nats per token of that role. latent_aware is NaN
-    by role where a word comes before the word it follows and the roles are large (its average over
-    habits has no short form); the last row is always exact.
+    The last row has role "all". `share` is the role's share of tokens; losses are nats per token of
+    that role. latent_aware is NaN by role where a word comes before the word it follows and the
+    roles are large (its average over habits has no short form); the last row is always exact.
     """
     shapes, mass = _enumerated(grammar), defaultdict(float)
     for shape in shapes:
@@ -50,12 +50,12 @@ def expected(grammar):
 
 
 def in_sentence(grammar):
-    """Exact loss per token of the best predictor when every sentence has fresh latents (a flat corpus), in nats.
+    """Exact loss per token, in nats, of the best predictor if every sentence has fresh latents.
 
     A fresh map makes words exchangeable: only which of a sentence's words are equal is informative.
-    The entropy of a sentence is that of its shape, of the pattern of equal words, and of the distinct
-    words that fill the pattern. A verb's ranks depend on its subjects' pattern alone, because habits
-    are drawn independently for each subject.
+    The entropy of a sentence is that of its shape, of the pattern of equal words, and of the
+    distinct words that fill the pattern. A verb's ranks depend on its subjects' pattern alone,
+    because habits are drawn independently for each subject.
     """
     entropy = 0.0
     for shape in _enumerated(grammar):
@@ -80,7 +80,7 @@ def _entropy(p):
 
 
 def _word_entropy(grammar, shape, place):
-    """Expected entropy of the word at `place`, given the latents and the sentence's earlier words; NaN if unknown."""
+    """Expected entropy of a word given the latents and the earlier words; NaN if unknown."""
     r, parent = grammar.roles.index(shape.roles[place]), shape.binds_to[place]
     earlier = shape.binds_to[:place]  # whom the words before this one follow
     law = grammar.frequencies[r]
@@ -98,7 +98,7 @@ def _word_entropy(grammar, shape, place):
 
 
 def _bound_entropy(grammar, child):
-    """Entropy of a word given the word it follows, averaged over habits: the habit's word gets `binding` more."""
+    """Entropy of a word given the one it follows, over habits: theirs gets `binding` more."""
     binding, law = grammar.file.binding, grammar.frequencies[child]
     spread = (1 - binding) * law
     called = binding + spread
@@ -126,7 +126,7 @@ def _marginal_entropy(grammar, parent, child):
 
 
 def _latent_aware_in_order_of_habits(grammar):
-    """Latent-aware nats per sentence by the chain rule in the order of the habits, whatever the order of the words."""
+    """Latent-aware nats per sentence, by the chain rule in the order of the habits."""
     total = 0.0
     for shape in grammar.shapes:
         total -= shape.probability * np.log(shape.probability)
@@ -183,10 +183,10 @@ def _caller(shape, place, pattern_of):
 
 
 def _pattern_law(law, binding, callers):
-    """Probability of each pattern of equal words of a role, given what each of its words follows (None: nothing).
+    """Probability of each pattern of equal words of a role.
 
-    A word that follows another copies that one's habit, or is drawn on its own: then it may still
-    turn out equal to others.
+    `callers` says which word each one follows, or None. A word that follows another copies that
+    one's habit, or is drawn on its own: then it may still turn out equal to others.
     """
     table = defaultdict(float)
     bound = [i for i, caller in enumerate(callers) if caller is not None]
@@ -225,7 +225,7 @@ def _canonical(labels):
 
 @lru_cache(maxsize=None)
 def _distinct_mass(law, sizes):
-    """Sum over distinct ranks r1, r2, ... of law[r1]**sizes[0] * law[r2]**sizes[1] * ... (inclusion and exclusion)."""
+    """Sum over distinct ranks r1, r2, ... of law[r1]**sizes[0] * law[r2]**sizes[1] * ..."""
     if not sizes:
         return 1.0
     last, rest = sizes[-1], sizes[:-1]

@@ -1,4 +1,4 @@
-"""Mutual information between two tokens of a document, against their distance, in nats: estimated and exact."""
+"""Mutual information of two tokens of a document by their distance, in nats."""
 
 import numpy as np
 import torch
@@ -6,13 +6,13 @@ from scipy.sparse import csr_matrix
 
 
 def estimated(documents, distances, labels):
-    """Mutual information of tokens d apart in the same document, corrected for bias: (distances,); distances from 1 up.
+    """Estimated information of tokens d apart in a document, corrected for bias: (distances,).
 
-    `labels` (vocabulary,) says what is compared: the tokens themselves (0, 1, 2, ...), or their roles.
-    The plug-in estimate is too high by an amount that falls as 1 / documents. Tokens of a document
-    share latents, so the usual correction by the number of pairs (Miller 1955) is too small; halving
-    the documents measures the excess instead (Quenouille 1956, "Notes on bias in estimation"):
-    I = 2 I(all) - (I(even documents) + I(odd documents)) / 2.
+    Distances are from 1 up. `labels` (vocabulary,) says what is compared: the tokens themselves (0,
+    1, 2, ...), or their roles. The plug-in estimate is too high by an amount that falls as 1 /
+    documents. Tokens of a document share latents, so the usual correction by the number of pairs
+    (Miller 1955) is too small; halving the documents measures the excess instead (Quenouille 1956,
+    "Notes on bias in estimation"): I = 2 I(all) - (I(even documents) + I(odd documents)) / 2.
     """
     labels = torch.as_tensor(labels)
     size, label = int(labels.max()) + 1, labels[documents.tokens]
@@ -42,12 +42,11 @@ def mutual_information(joint):
 def exact(grammar, distances, words=True):
     """Exact mutual information of tokens d apart in a document: (distances,); distances from 1 up.
 
-    Under uniformly random maps the pair's words tell something beyond their roles only if the roles are
-    the same: the words are then equal with a probability e that follows from Zipf's law and the
-    habits, and
-        I = I(roles) + sum over roles of P(r, r) KL([e, 1 - e] || [1/n, 1 - 1/n]).
-    Without `words`, I(roles) alone.
-    Raises ValueError unless `redraw` is {document: 1.0} or {sentence: 1.0} and shapes can be enumerated.
+    Under uniformly random maps the pair's words tell something beyond their roles only if the roles
+    are the same: the words are then equal with a probability e that follows from Zipf's law and the
+    habits, and I = I(roles) + sum over roles of P(r, r) KL([e, 1 - e] || [1/n, 1 - 1/n]). Without
+    `words`, I(roles) alone. Raises ValueError unless `redraw` is {document: 1.0} or {sentence: 1.0}
+    and shapes can be enumerated.
     """
     redraw = {level: share for level, share in grammar.file.redraw.items() if share > 0}
     if redraw not in ({"document": 1.0}, {"sentence": 1.0}) or grammar.shapes is None:
@@ -95,7 +94,7 @@ def _term(p, q):
 
 
 def _equal_words(grammar, states):
-    """Probability that the words of two states have equal ranks under the same latents, 0 for different roles."""
+    """P(words of two states have equal ranks under the same latents), 0 for unequal roles."""
     equal = np.zeros((len(states), len(states)))
     for i, (shape, a) in enumerate(states):
         for j, (other, b) in enumerate(states):
@@ -105,7 +104,7 @@ def _equal_words(grammar, states):
 
 
 def _equal(grammar, shape, a, other, b):
-    """Probability that words at place a of one sentence and b of another of the same latents have equal ranks."""
+    """Probability of equal ranks at place a of a sentence and b of another, of equal roles."""
     law = grammar.frequencies[grammar.roles.index(shape.roles[a])]
     chance = float((law**2).sum())
     parents = shape.binds_to[a], other.binds_to[b]
@@ -116,9 +115,10 @@ def _equal(grammar, shape, a, other, b):
 
 
 def exact_chain(chain, distances, labels):
-    """Exact mutual information of tokens d apart in a stationary order-n chain (ngrams.Chain): (distances,).
+    """Exact information of tokens d apart in a stationary chain (ngrams.Chain): (distances,).
 
-    `labels` as in `estimated`. The joint of a label and a context is held: 8 bytes x labels x contexts.
+    `labels` as in `estimated`. The joint of a label and a context is held: 8 bytes x labels x
+    contexts.
     """
     size = chain.vocabulary_size
     context, following = chain.grams // size, chain.grams % size

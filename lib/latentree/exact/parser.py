@@ -1,8 +1,8 @@
-"""What may come next: exact prefix probabilities of a sentence grammar, by a probabilistic Earley parser.
+"""What may come next: exact prefix probabilities, by a probabilistic Earley parser.
 
 The parser keeps, for every rule in progress, the probability of all derivations that agree with the
-prefix (forward) and of the rule's own part (inner); left-corner and unit-production loops are summed
-in closed form, so recursive grammars cost no more than others (Stolcke 1995, "An efficient
+prefix (forward) and of the rule's own part (inner); left-corner and unit-production loops are
+summed in closed form, so recursive grammars cost no more than others (Stolcke 1995, "An efficient
 probabilistic context-free parsing algorithm").
 """
 
@@ -65,14 +65,14 @@ class PrefixParser:
         return self._parsed[prefix]
 
     def _expected(self, column):
-        """The symbol after the dot of each unfinished rule of a column, with the rule's (forward, inner)."""
+        """The symbol after the dot of each unfinished rule, with the rule's (forward, inner)."""
         for (rule, dot, _), masses in column.items():
             right = self._rules[rule].right
             if dot < len(right):
                 yield right[dot], masses
 
     def _predicted(self, wanted, position):
-        """The rules that can begin here, `wanted` being the forward mass before each nonterminal."""
+        """The rules that can begin here; `wanted` is the forward mass before each nonterminal."""
         need = np.zeros(len(self._left_corner))
         for symbol, forward in wanted.items():
             need += forward * self._left_corner[symbol]
@@ -125,7 +125,7 @@ def _is_unit(rule):
 
 
 def legal_sentences(grammar, tokens):
-    """For each whole sentence in a row of tokens (tokens,), whether the grammar can produce it (a list of bools)."""
+    """Whether the grammar can produce each whole sentence in a row of tokens: a list of bools."""
     parser = PrefixParser(grammar)
     ends = (tokens == grammar.end).nonzero()[:, 0] + 1
     legal = []

@@ -1,9 +1,9 @@
 """Predictors run on given tokens: syntax-only and latent-aware (exact), and in-context counts.
 
-The exact predictors mix over sentence shapes. Under one shape a word depends on the earlier words of
-its own clause, along the habits that bind them (a tree), so its distribution follows from messages
-passed along that tree; each shape's weight is its probability times that of the sentence's words so
-far.
+The exact predictors mix over sentence shapes. Under one shape a word depends on the earlier words
+of its own clause, along the habits that bind them (a tree), so its distribution follows from
+messages passed along that tree; each shape's weight is its probability times that of the sentence's
+words so far.
 """
 
 from itertools import product
@@ -19,7 +19,8 @@ from latentree.exact.parser import PrefixParser
 def token_losses(grammar, documents, latent_aware=True):
     """Exact loss of each token in nats (tokens,): latent-aware or syntax-only.
 
-    Where shapes cannot be enumerated, each sentence's own shape is taken to be known from its roles.
+    Where shapes cannot be enumerated, each sentence's own shape is taken to be known from its
+    roles.
     """
     if grammar.shapes is not None:
         return -predictive(grammar, documents, latent_aware, log_token=True)
@@ -35,13 +36,14 @@ def token_losses(grammar, documents, latent_aware=True):
 
 
 def predictive(grammar, documents, latent_aware=True, log_token=False, trust=None):
-    """Exact next-token distribution before each token: (tokens, vocabulary), or with `log_token` log p(token), (tokens,).
+    """Exact next-token distribution before each token: (tokens, vocabulary).
 
-    `documents` are whole documents with their derivation (GrammarProcess.documents). `trust`
-    {role: (map, habit)} says how likely their latents still hold: each word stands by its map with
-    the first probability, else is any word of its role, and each use of a habit is the habit's with
-    the second, else drawn afresh; every word and use anew (all 1 by default).
-    Raises ValueError for a grammar whose shapes cannot be enumerated.
+    With `log_token` only log p(token), (tokens,). `documents` are whole documents with their
+    derivation (GrammarProcess.documents). `trust` {role: (map, habit)} says how likely their
+    latents still hold: each word stands by its map with the first probability, else is any word of
+    its role, and each use of a habit is the habit's with the second, else drawn afresh; every word
+    and use anew (all 1 by default). Raises ValueError for a grammar whose shapes cannot be
+    enumerated.
     """
     if grammar.shapes is None:
         raise ValueError(
@@ -71,7 +73,7 @@ def predictive(grammar, documents, latent_aware=True, log_token=False, trust=Non
 
 
 class _Sentences:
-    """The sentences of documents as rows, and the law of a word under a shape given the words before it.
+    """The sentences of documents as rows, and the law of a word given a shape and earlier words.
 
     kept (sentences, longest) is True where a sentence has a word.
     """
@@ -116,13 +118,13 @@ class _Sentences:
         return self._blurred(shape.roles[place], law / law.sum(1, keepdim=True))
 
     def chance(self, law, shape, place):
-        """Probability of each sentence's word at `place` by `law`, 0 where its role is not the shape's: (sentences,)."""
+        """P(word at `place`) by `law`, 0 where its role is not the shape's: (sentences,)."""
         right = self._roles[:, place] == self._number[shape.roles[place]]
         chance = law.gather(1, self._rank(shape, place)[:, None])[:, 0]
         return chance.where(right, 0.0)
 
     def _rank(self, shape, place):
-        """Rank of each sentence's word at `place`, 0 where its role is not the shape's: (sentences,)."""
+        """Rank of the word at `place`, 0 where its role is not the shape's: (sentences,)."""
         right = self._roles[:, place] == self._number[shape.roles[place]]
         return self._ranks[:, place].where(right, 0)
 
@@ -138,7 +140,7 @@ class _Sentences:
         return self._blurred(role, seen.double())
 
     def _blurred(self, role, law):
-        """A law over ranks (sentences, size) as one over words, which their map may have lost (and the reverse)."""
+        """A law over ranks (sentences, size) as one over words, whose map may be lost; or back."""
         kept = self._trust[role][0]
         return kept * law + (1 - kept) / law.shape[1]
 
@@ -163,7 +165,7 @@ class _Sentences:
         return binding * called + (1 - binding) * law * above.sum(1, keepdim=True)
 
     def _from_below(self, shape, node, now):
-        """What `node` and the words below it say of its parent's rank: (sentences, parent's size)."""
+        """What `node` and words below it say of its parent's rank: (sentences, parent's size)."""
         role = shape.roles[node]
         law = self._laws[role]
         if node < now:
@@ -178,7 +180,7 @@ class _Sentences:
 
 
 def role_losses(grammar, documents):
-    """-log P(role | earlier roles of the sentence) for each token, in nats (tokens,), by the prefix parser."""
+    """-log P(role | earlier roles of the sentence) of each token, in nats (tokens,)."""
     parser, prefix, losses = PrefixParser(grammar), (), []
     for place, r in zip(documents.token["place"].tolist(), documents.token["role"].tolist()):
         prefix = prefix[:place]
@@ -188,10 +190,11 @@ def role_losses(grammar, documents):
 
 
 def held_out_with_references(process, sequences, context):
-    """Held-out windows (corpus.held_out) of a grammar process with the losses of the reference predictors, in nats.
+    """Held-out windows of a grammar process with the losses of reference predictors, in nats.
 
     Fields syntax_only, latent_aware, role_loss and counts beside the documents' own: (sequences,
-    context) float32 each. The counts predictor's smoothing is fitted on the first training documents.
+    context) float32 each. The counts predictor's smoothing is fitted on the first training
+    documents.
     """
     grammar = process.grammar
 
@@ -212,13 +215,13 @@ def held_out_with_references(process, sequences, context):
 
 
 def counts_losses(rows, role_sizes, smoothing, role_loss):
-    """Loss of the in-context counts predictor for each token of windows `rows` (sequences, context), in nats.
+    """Loss of the in-context counts predictor on windows (sequences, context), in nats.
 
-    It knows the syntax (`role_loss`, -log P(role | sentence so far), same shape) and predicts a word of
-    role r by what followed the same word earlier in this document, backing off to the document's
-    counts of r, then to uniform:
-        p_role = (c(w) + b / n) / (c(r) + b),   p = (c(v, w) + a p_role) / (c(v, r) + a),
-    with v the word before, n the words of the role (`role_sizes`), and smoothing = (a, b).
+    It knows the syntax (`role_loss`, -log P(role | sentence so far), same shape) and predicts a
+    word of role r by what followed the same word earlier in this document, backing off to the
+    document's counts of r, then to uniform: p_role = (c(w) + b / n) / (c(r) + b),   p = (c(v, w) +
+    a p_role) / (c(v, r) + a), with v the word before, n the words of the role (`role_sizes`), and
+    smoothing = (a, b).
     """
     a, b = smoothing
     follows_same, role_same, word_same, pair_same = _matches(rows)
@@ -228,7 +231,7 @@ def counts_losses(rows, role_sizes, smoothing, role_loss):
 
 
 def fit_smoothing(rows, role_sizes):
-    """The (a, b) of least loss on windows `rows`, by a coarse-to-fine search over their logarithms."""
+    """The (a, b) of least loss on windows `rows`: a coarse-to-fine search of their logarithms."""
     least, best, radius = np.inf, np.zeros(2), 4.0
     zero = torch.zeros(rows["tokens"].shape)
     for _ in range(6):
@@ -243,7 +246,7 @@ def fit_smoothing(rows, role_sizes):
 
 
 def _matches(rows, chunk=64):
-    """Counts, over earlier tokens of the same document, that the predictor needs: four (sequences, context) tensors."""
+    """What the predictor counts over earlier tokens of the document: four (sequences, context)."""
     parts = []
     for begin in range(0, len(rows["tokens"]), chunk):
         part = {name: value[begin : begin + chunk] for name, value in rows.items()}

@@ -1,4 +1,4 @@
-"""The ideal reader: the best predictor of a corpus that begins each document knowing everything but its latents.
+"""The ideal reader: it begins each document knowing everything but the latents.
 
 Given the words seen, the maps of different roles are independent. For a role that follows no habit
 the posterior is exact (`posterior_frequencies`). For one that does, each map is weighed by what
@@ -19,25 +19,24 @@ from latentree.data.sampler import GrammarProcess
 
 
 def posterior_frequencies(counts, law) -> torch.Tensor:
-    """E[frequency of each word | counts] (words,), float64: the exact predictive distribution of the next draw.
+    """E[frequency of each word | counts], (words,) float64: the exact law of the next draw.
 
     `counts` (words,) says how often each word was drawn; draws are independent from `law` (words,),
     the frequencies by rank, after a uniformly random assignment of words to ranks.
 
-    The posterior is a sum over all permutations. Words seen equally often are interchangeable, so it
-    is enough to count how many of each kind the ranks 1, 2, ... have used up. With kinds k of n_k
-    words seen c_k times, the evidence is the coefficient of prod_k x_k^n_k in
-    prod_r sum_k x_k law_r^c_k; its derivative by log law_r^c_k is the expected number of words of
-    kind k at rank r.
+    The posterior is a sum over all permutations. Words seen equally often are interchangeable, so
+    it is enough to count how many of each kind the ranks 1, 2, ... have used up. With kinds k of
+    n_k words seen c_k times, the evidence is the coefficient of prod_k x_k^n_k in prod_r sum_k x_k
+    law_r^c_k; its derivative by log law_r^c_k is the expected number of words of kind k at rank r.
     """
     law, counts = torch.as_tensor(law, dtype=torch.float64), torch.as_tensor(counts)
     seen, kind, size = counts.unique(return_inverse=True, return_counts=True)
     # The largest kind needs no axis of the table: it takes the ranks that the others leave.
     order = size.argsort(descending=True)
     log_term = (seen[order][:, None] * law.log()).requires_grad_()
-    # Prices of ranks and of kinds, under which the best assignment (most seen, most frequent) weighs
-    # 1 and no term more: the table stays within range however many words were seen, and the
-    # derivatives are as before.
+    # Prices of ranks and kinds, under which the best assignment (most seen, most frequent) weighs 1
+    # and no term more: the table stays in range however many words were seen, the derivatives are
+    # as before.
     level, place = law.log().sort(descending=True)
     steps = counts.sort(descending=True).values[:-1] * level.diff()
     price = torch.zeros_like(law).scatter(0, place[1:], steps.cumsum(0))
@@ -64,15 +63,15 @@ def posterior_frequencies(counts, law) -> torch.Tensor:
 def reader_losses(
     process: GrammarProcess, rows: dict, role_loss: torch.Tensor, maps: int = 1024, seed: int = 0
 ) -> torch.Tensor:
-    """Loss of the ideal reader for each token of windows `rows` (sequence, position), in nats; role_loss of the same shape.
+    """Loss of the ideal reader for each token of windows `rows` (sequence, position), in nats.
 
-    It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits, and
-    which word follows which in a sentence; of latents, what the tokens since the field `unit` last
-    changed tell (put the sentence's number there for a reader that forgets). Exact where no habits bind
-    words or a role has at most `maps` maps, as long as the roles so far say which word follows which
-    (it is told), and a clause has each role once and is finished before the next begins. Else the Monte
-    Carlo error is that between two seeds; on average the loss is too high, by about a quarter of the
-    mean squared difference between two seeds' losses.
+    It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits,
+    and which word follows which in a sentence; of latents, what the tokens since the field `unit`
+    last changed tell (put the sentence's number there for a reader that forgets). Exact where no
+    habits bind words or a role has at most `maps` maps, as long as the roles so far say which word
+    follows which (it is told), and a clause has each role once and is finished before the next
+    begins. Else the Monte Carlo error is that between two seeds; on average the loss is too high,
+    by about a quarter of the mean squared difference between two seeds' losses.
 
     Raises ValueError if latents are redrawn in part or at several levels: this reader has no such
     latents.
@@ -96,10 +95,11 @@ def reader_losses(
 
 
 def top_word(process, role: str):
-    """A function for `annotate` of `corpus.windows`: the field top, the token of the role's first rank where a token stands.
+    """A function for `annotate` of `corpus.windows`, which gives the field top.
 
-    Raises ValueError unless one level redraws all maps, the role has one, and it follows no habit: the
-    decoder is ideal there only.
+    That is the token of the role's first rank where each token stands. Raises ValueError unless one
+    level redraws all maps, the role has one, and it follows no habit: the decoder is ideal there
+    only.
     """
     file = process.grammar.file
     _check_redrawn_as_a_whole(process.grammar)
@@ -112,12 +112,12 @@ def top_word(process, role: str):
 
 
 def ideal_decoder(grammar, rows: dict, role: str) -> torch.Tensor:
-    """Chance that the best reader of the tokens so far names the field `top` of windows `rows` rightly: (sequence, position).
+    """Chance that the best reader of the tokens so far names `top` rightly.
 
-    It names the word of the role seen most often since the latents were drawn (the field unit), one at
-    random of several: swapping two words' ranks, the word seen more often is the more probable first
-    rank. Ideal for independent draws; where other roles' words follow this one's, at the ends of
-    sentences.
+    Both are (sequence, position) of windows `rows`. It names the word of the role seen most often
+    since the latents were drawn (the field unit), one at random of several: swapping two words'
+    ranks, the word seen more often is the more probable first rank. Ideal for independent draws;
+    where other roles' words follow this one's, at the ends of sentences.
     """
     words = torch.as_tensor(grammar.words[grammar.roles.index(role)])
     found = torch.zeros(rows["tokens"].shape)
@@ -147,8 +147,9 @@ def _is_bound(grammar, role):
 
 
 def _predicted(shape, words, known) -> np.ndarray:
-    """P(next word of its role) (size,) in a sentence of this Shape, after the words (numbers in their roles).
+    """P(next word of its role), (size,), in a sentence of this Shape after the words so far.
 
+    Words are numbers in their roles.
     `known` {role: what is known of its words}. Messages pass along the habits, as in `predictors`.
     """
     now = len(words)
@@ -184,7 +185,7 @@ def _predicted(shape, words, known) -> np.ndarray:
 
 
 def _learn(shape, words, word, known) -> None:
-    """Take in the next `word` of a sentence: what it follows, and which of the words before it follow it."""
+    """Take in the next `word` of a sentence: what it follows, and what followed it already."""
     now = len(words)
     parent = shape.binds_to[now]
     if parent < now:
@@ -194,12 +195,12 @@ def _learn(shape, words, word, known) -> None:
             known[shape.roles[child]].learn(words[child], word)
 
 
-# ---------------------------------------------------------------------- what is known of a role's words
+# ---------------------------------------------------------------------- a role's words
 
 
 @cache
 def _frequency_of_count(counts: tuple, law: tuple) -> dict:
-    """{count: expected frequency of a word seen so often} under an unknown map, from all words' counts (sorted)."""
+    """{count: expected frequency of a word seen so often}, from all words' sorted counts."""
     return dict(zip(counts, posterior_frequencies(counts, law).tolist()))
 
 
@@ -220,9 +221,10 @@ class _Free:
 
 
 class _Bound:
-    """What is known of the words of a role that follows habits: maps as frequencies (map, size), and their weights.
+    """What is known of the words of a role that follows habits.
 
-    habit[parent]: P(the word it calls for | map), (map, size).
+    maps: as frequencies (map, size), with their weight (map,); habit[parent]: P(the word it calls
+    for | map), (map, size).
     """
 
     def __init__(self, maps, binding):
@@ -253,7 +255,7 @@ class _Bound:
 
 
 def _maps_of(grammar, count, seed):
-    """For each role that follows habits, its maps as frequencies (map, size): all, or about `count` random ones."""
+    """Maps, as frequencies (map, size), of each bound role: all, or about `count` at random."""
     draw, maps = np.random.default_rng(seed), {}
     for role, law in zip(grammar.roles, grammar.frequencies):
         if not _is_bound(grammar, role):
