@@ -96,7 +96,7 @@ def doublings_later(first: Curve, second: Curve) -> tuple:
 
 def difference(one: Curve, other: Curve) -> tuple:
     """(value, low, high) of one curve's last point less the other's, 95 % by bootstrap."""
-    return _resampled(lambda a, b: a[:, -1] - b[:, -1], one, other)
+    return _resampled(lambda a, b: (a - b)[:, 0], one.at([-1]), other.at([-1]))
 
 
 def widest(measure, *found: Curve) -> tuple:
