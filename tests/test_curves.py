@@ -25,7 +25,7 @@ def one_sequence(tokens, values):
 
 
 def rising(middle, noise=0.0, sequences=40):
-    """A curve over log-spaced tokens that is half-way at `middle` tokens, up to noise over sequences."""
+    """A curve that is half-way at `middle` tokens, up to noise over sequences."""
     tokens = np.geomspace(1, 1e6, 25)
     draw = np.random.default_rng(int(middle))
     counts = draw.integers(5, 15, (sequences, 1)) * np.ones((1, 25))

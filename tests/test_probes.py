@@ -1,4 +1,4 @@
-"""Probes on states that hold the tree or the latent exactly, and on states that do not hold it at all."""
+"""Probes on states that hold the tree or the latent exactly, and on states that do not."""
 
 from itertools import permutations
 

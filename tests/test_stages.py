@@ -1,4 +1,4 @@
-"""Legal mass, levels and the ideal reader against enumeration; as oracles, exact predictors recover what they know."""
+"""Legal mass and levels against enumeration; as oracles, exact predictors recover what they know."""
 
 from itertools import combinations, permutations, product
 from types import SimpleNamespace
@@ -147,7 +147,7 @@ def parts_of(process, sequences, context):
 
 
 def shares(own, exact):
-    """(value, low, high) of each level's recovered share, for one checkpoint with the loss parts `own`."""
+    """Each level's recovered share (value, low, high), for one checkpoint with loss parts `own`."""
     losses = {}
     for level, part in own.items():
         sums = part.nansum(1, keepdim=True).numpy()

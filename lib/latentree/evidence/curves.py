@@ -100,7 +100,7 @@ def difference(one: Curve, other: Curve) -> tuple:
 
 
 def widest(measure, *found: Curve) -> tuple:
-    """(value, low, high) of measure(*curves), with the widest ends of all and every other checkpoint.
+    """(value, low, high) of measure(*curves), with the widest ends of all and half the checkpoints.
 
     Every other one is taken from the first and from the last on; the last is always there.
     """

@@ -18,14 +18,13 @@ def next_roles(grammar: Grammar, tokens: torch.Tensor) -> tuple[torch.Tensor, li
     subject|verb" where a sentence begins), so that several have the same; and the tokens allowed
     after each (state, vocabulary), bool.
     """
-    role_of = {}
-    for role, words in zip(grammar.roles, grammar.words):
-        role_of |= dict.fromkeys(words.tolist(), role)
     numbers, rows = {(): 0}, []
     for row in tokens.tolist():
         prefix, states = (), []
         for token in row:
-            prefix = () if token == grammar.end else (*prefix, role_of[token])
+            prefix = (
+                () if token == grammar.end else (*prefix, grammar.roles[grammar.role_of[token]])
+            )
             states.append(numbers.setdefault(prefix, len(numbers)))
         rows.append(states)
     parser, names = PrefixParser(grammar), []

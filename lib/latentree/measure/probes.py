@@ -21,7 +21,7 @@ from latentree.evidence.curves import sequence_sums
 class Sentences:
     """Whole sentences in windows, without their end token, and their trees.
 
-    row (sentence,) numbers the window, column (sentence, word) a word's place there, -1 past the end.
+    row (sentence,) numbers the window, column (sentence, word) a word's place in it (else -1).
     distance (sentence, word, word) and depth (sentence, word) count edges of the generator's own
     derivation, between two words and from the root to a word; NaN past the end.
     """
@@ -84,8 +84,8 @@ def structure(
 ) -> pd.DataFrame:
     """Scores of structural probes on streams (layer, sequence, position, width), layer by layer.
 
-    Inputs: "place", the one-hot place in the sentence alone (layer 0); "state", a word's stream; and
-    "place and state", side by side, which shows what the state adds.
+    Inputs: "place", the one-hot place in the sentence alone (layer 0); "state", a word's stream;
+    and "place and state", side by side, which shows what the state adds.
     DataFrame (sequence, sum, count, input, layer, name): a score of `structural_probe`, summed over
     the sentences of each window.
     """
@@ -114,9 +114,9 @@ def structural_probe(
     """Scores of linear maps B (rank, width), one for each input (after Hewitt & Manning 2019).
 
     |B (h_i - h_j)|^2 is fitted to the tree distance of words i and j of `states` (input, sentence,
-    word, width), and with another B, |B h_i|^2 to their depth: the mean squared error in a sentence,
-    averaged over sentences, by Adam. (Theirs is the absolute error, by which a probe that sees the
-    place alone may predict any value between two medians.) States are whitened, for fewer steps.
+    word, width), and with another B, |B h_i|^2 to their depth: the mean squared error in a
+    sentence, averaged over sentences, by Adam. (Theirs is the absolute error, by which a probe that
+    sees the place alone may predict any value between two medians.) States are whitened first.
     Returns the windows of the sentences scored (sentence,), and {score: (input, sentence)}: `uuas`;
     spearman of all pairs of words, and depth of all words (`_spearman`), NaN where it is constant.
     """
@@ -150,7 +150,7 @@ def structural_probe(
 
 
 def _whitened(states, sample, least=1e-4):
-    """States in coordinates where sample (input, word, width) is as long in each direction, about 1.
+    """States in coordinates where sample (input, word, width) has one length in all directions.
 
     Directions with less than `least` of the largest mean square stay smaller.
     """
@@ -199,7 +199,7 @@ def _spanning_trees(distance, there):
 
 
 def _spearman(predicted, gold):
-    """Rank correlation (input, sentence) of predicted (input, sentence, item) and gold (sentence, item).
+    """Rank correlation of predicted (input, sentence, item) and gold (sentence, item).
 
     Over the most that a prediction without ties can reach, for gold has many (and NaN: no item).
     """
@@ -215,8 +215,8 @@ def latent_probe(streams, top, at, words, ridge: float = 0.01) -> pd.DataFrame:
 
     For each layer a ridge regression of the one-hot `top` (sequence, position), one of `words`, on
     the streams at places `at` (sequence, position; bool) of the first half of the sequences; its
-    largest output is the answer in the second half. Inputs have variance 1 on average; the penalty is
-    `ridge` for each place. DataFrame (layer, sequence, sum, count) of right answers.
+    largest output is the answer in the second half. Inputs have variance 1 on average; the penalty
+    is `ridge` for each place. DataFrame (layer, sequence, sum, count) of right answers.
     """
     half = len(top) // 2
     labels = (top[..., None] == torch.as_tensor(words)).float()

@@ -138,13 +138,11 @@ def loss_parts(grammar: Grammar, log_p: torch.Tensor, rows: dict) -> dict:
     """
     fields = ("tokens", "role", "called", "called_above", "free")
     token, role, called, above, free = [rows[name][:, 1:] for name in fields]
-    members = torch.zeros(len(grammar.roles), grammar.vocabulary_size, dtype=torch.float64)
-    for number, words in enumerate(grammar.words):
-        members[number, words] = 1
+    members = torch.nn.functional.one_hot(torch.as_tensor(grammar.role_of)).double()
     p = log_p.double().exp()
     mean = p.mean((0, 1))
-    mean_role = (members @ mean)[role]
-    of_role = (p @ members.T).gather(-1, role[..., None])[..., 0]
+    mean_role = (mean @ members)[role]
+    of_role = (p @ members).gather(-1, role[..., None])[..., 0]
 
     def within_role(word):
         return p.gather(-1, word.clamp(min=0)[..., None])[..., 0] / of_role
