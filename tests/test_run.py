@@ -41,8 +41,9 @@ def succeeded(tmp_path_factory):
     """A project whose notebook ran once, where earlier runs had left their traces."""
     root = tmp_path_factory.mktemp("project")
     ipc = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().transport == 'ipc'"
+    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(2), file=sys.stdout, bar_format='{n} of 2'): pass"
     say = f"import pathlib, sys\nprint('in', out)\nprint('\\x1b[32m' + out + '/a.csv', file=sys.stderr)\n{DRAW}"
-    write_project(root, **{NAME: [ipc, say, "", "pathlib.Path(checkpoints).mkdir()"]})
+    write_project(root, **{NAME: [ipc, say, bar, "", "pathlib.Path(checkpoints).mkdir()"]})
     (root / f"params/smoke/{NAME}.yaml").write_text("seed: 3\nlearning_rate: 1\nout: ignored\n")
     for left in (f"{NAME}.failed.ipynb", "results/01.json", "figures/01_old.png", "figures/02.png"):
         (root / "out" / left).parent.mkdir(parents=True, exist_ok=True)
@@ -72,8 +73,10 @@ def test_the_executed_notebook_names_no_machine(succeeded):
     assert 'out = "out"' in injected.source and "seed = 3" in injected.source
     assert 'checkpoints = "out/checkpoints"' in injected.source and "corpora" not in injected.source
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    said = {output.get("name"): output.get("text", output) for output in outputs}
-    assert said == {"stdout": "in out\n", "stderr": "\x1b[32mout/a.csv\n"}
+    said = {output.name: output.text for output in outputs}
+    assert said.pop("stderr") == "\x1b[32mout/a.csv\n"
+    texts = [output.text for output in outputs if output.get("name") == "stdout"]
+    assert texts == ["in out\n", "2 of 2\n"]  # a bar as text, at its end
 
 
 def test_the_record_says_what_was_run(succeeded):

@@ -36,6 +36,8 @@ from latentree.run.parameters import check, declared
 from latentree.run.record import describe, output_folder, project_root, without_machine, write_entry
 
 SECONDS_BETWEEN_BARS = 5
+# Nobody sees a widget here: progress bars are text, which is shown while they move and kept at their end.
+TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm\n"
 
 
 def run(notebook: Path, params: Path, out: Path) -> None:
@@ -96,6 +98,9 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
     ) as private:
         for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
             os.environ[name] = f"{private}/{name}"
+        startup = Path(private, "IPYTHONDIR/profile_default/startup")
+        startup.mkdir(parents=True)
+        (startup / "bars.py").write_text(TEXT_BARS)
         # sockets instead of ports: no other user can connect, and runs side by side never meet
         sockets = {"transport": "ipc", "connection_file": f"{private}/kernel.json"}
         signal.signal(signal.SIGTERM, _stop)
