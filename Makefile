@@ -53,10 +53,10 @@ cluster: .venv/.has-cluster
 		$(if $(ACCOUNT),account=$(ACCOUNT)) $(if $(PARTITION),partition=$(PARTITION))
 
 reading: .venv/.has-run
-	$(LIBRARY).run.reading copy outputs/laptop $(NOTEBOOK)
+	.venv/bin/python docs/reading.py copy outputs/laptop $(NOTEBOOK)
 
 report: .venv/.has-run
-	$(LIBRARY).run.reading report
+	.venv/bin/python docs/reading.py report
 
 # Each target installs what it needs and no more: the extra of its name, beside what executing needs.
 # The first attempt needs no network and does if all packages are there already; the second fetches what is missing.

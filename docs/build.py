@@ -13,8 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from latentree.run.reading import READING, as_markdown
 from PIL import Image
+from reading import READING, as_markdown
 
 DOCS, BOOK = Path(__file__).parent, Path("build/book")
 CITED = {  # how the notebooks name a work (the year in brackets or not): its key in references.bib
@@ -109,7 +109,9 @@ def minutes_of(folder: Path) -> str:
 def main() -> int:
     folder, source = READING, BOOK / "source"
     shutil.rmtree(BOOK, ignore_errors=True)
-    shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("build.py", "__pycache__"))
+    shutil.copytree(
+        DOCS, source, ignore=shutil.ignore_patterns("build.py", "reading.py", "__pycache__")
+    )
     shutil.copy("README.md", source)
     shutil.copytree(folder / "figures", source / folder / "figures")
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))

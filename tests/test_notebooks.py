@@ -12,7 +12,7 @@ import pytest
 from house import SHORT, code_cells, lines
 from latentree.evidence.compare import claims_of
 from latentree.run.exercises import student_copy
-from latentree.run.reading import READING
+from reading import READING
 from tiny import execute_all
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))

@@ -10,7 +10,7 @@ import pytest
 from latentree.data.files import read_yaml
 from latentree.evidence.compare import claims_of
 from latentree.run.parameters import check, declared
-from latentree.run.reading import BEGIN, END, READING, as_markdown, copy
+from reading import BEGIN, END, READING, as_markdown, copy
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 RECORD = json.loads((READING / "run.json").read_text())

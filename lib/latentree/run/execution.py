@@ -202,8 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("notebook", type=_file, nargs="?")
-    parser.add_argument("--params", type=_file, help="YAML file with parameters")
+    parser.add_argument("notebook", type=Path, nargs="?")
+    parser.add_argument("--params", type=Path, help="YAML file with parameters")
     parser.add_argument("--out", type=Path, help="folder for the executed notebook and the rest")
     parser.add_argument("--follow-parent", action="store_true", help="end with the parent process")
     parser.add_argument("--folder-of", metavar="PROFILE")
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(given.notebook, given.params, given.out)
     except Timeout:
         status, problem = 2, f"another run is writing to {given.out}: wait for it or stop it"
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         status, problem = 2, f"{given.params}: {error}"
     except (RuntimeError, OSError) as error:
         status, problem = 1, str(error)
@@ -228,9 +228,3 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     print("error:", " ".join(problem.split()), file=sys.stderr)
     return status
-
-
-def _file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
-    return Path(text)

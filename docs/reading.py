@@ -1,7 +1,7 @@
 """The reading copy, outputs/reading: what git keeps of the laptop's run, and the table of its claims in README.md.
 
-python -m latentree.run.reading copy FOLDER [NN]    takes it over from a run's folder, or one notebook of it
-python -m latentree.run.reading report              writes the table into README.md, between two marked lines
+python docs/reading.py copy FOLDER [NN]    takes it over from a run's folder, or one notebook of it
+python docs/reading.py report              writes the table into README.md, between two marked lines
 """
 
 import json
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-
 from latentree.data.files import write_text
 from latentree.evidence.compare import claims_of
 from latentree.run.record import write_entry
