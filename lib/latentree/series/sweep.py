@@ -42,7 +42,7 @@ def sweep(series, measure, table, key=None, steps=None, device="cpu", **options)
     whole = pd.concat([pd.read_csv(file) for file in files.values()], ignore_index=True)
     write_text(table, whole.to_csv(index=False))
     for other in parts.parent.iterdir():  # parts of other measurements, now that these are whole
-        if other != parts:
+        if other.is_dir() and other != parts:
             shutil.rmtree(other)
     return whole
 
