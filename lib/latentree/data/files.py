@@ -3,16 +3,9 @@
 import json
 import os
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import yaml
-from PIL import Image, ImageChops, ImageStat
-from PIL.PngImagePlugin import PngInfo
-
-MOST_LOST = (
-    1.0  # mean error of a picture's shades that is not seen: red, green and blue together, of 255
-)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -69,30 +62,3 @@ def writing(path):
         raise ValueError(
             f"{path}: cannot be written ({error.strerror}); make room there or name another folder"
         ) from None
-
-
-def with_palette(png: bytes) -> bytes:
-    """A PNG picture in at most 256 colours, a quarter of the size; resolution and texts stay.
-
-    By octree if no shades are lost by it (curves and points), else by median cut, which is larger
-    (heatmaps).
-    """
-    picture = Image.open(BytesIO(png))
-    options, colours = (
-        {"dpi": picture.info["dpi"]} if "dpi" in picture.info else {},
-        picture.convert("RGB"),
-    )
-    few = colours.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    white = [
-        255 if min(shade) >= 250 else value
-        for shade in zip(*[iter(few.getpalette())] * 3)
-        for value in shade
-    ]
-    few.putpalette(white)  # an octree's white is a little grey
-    if sum(ImageStat.Stat(ImageChops.difference(colours, few.convert("RGB"))).mean) > MOST_LOST:
-        few = colours.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    texts = PngInfo()
-    for name, text in picture.text.items():
-        texts.add_itxt(name, text)
-    few.save(drawn := BytesIO(), "PNG", optimize=True, pnginfo=texts, **options)
-    return min(png, drawn.getvalue(), key=len)
