@@ -12,7 +12,6 @@ import torch
 from latentree.evidence.intervals import ratio
 from latentree.inside.names import Internals, norm_gain
 from latentree.inside.trace import run
-from latentree.measure.ablation import control_heads
 from latentree.measure.induction import choose_and_score
 from latentree.measure.prompts import Contexts, Prompts
 
@@ -84,16 +83,14 @@ def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> t
 # ------------------------------------------------------------------ one context, layer by layer
 
 
-def layerwise(
-    model, contexts: Contexts, prompts: dict[str, Prompts], seed: int = 0, rows: int = 64
-) -> pd.DataFrame:
+def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.DataFrame:
     """Improvement of zero-shot prompts by a context's attention output, added layer by layer.
 
     `prompts` {name: one for each query of the contexts}; `rows` contexts run at a time. Returns the
     table of `over_latents`. quantity: by how many nats the `KL` from the truth falls, or the
-    log-probability of the `gold word` rises. vector: the `own` document's, `another` one's (of the
-    next latent), a `random` direction of the own vector's norm, and `own - another`. Without a
-    layer (-1) `zero-shot` and, for SAME, `in context` are the distances themselves.
+    log-probability of the `gold word` rises. vector: the `own` document's, `another` one's, of the
+    next latent, a `random` one of the same norm, and `own - another`. Without a layer (-1):
+    `zero-shot` and, for SAME, `in context` are the distances themselves.
     """
     z, in_context = states(model, contexts.tokens, contexts.document, contexts.position, rows)
     own = attention_outputs(model, z)
@@ -234,18 +231,6 @@ def _ranked_heads(effects) -> list[tuple[int, int]]:
             chosen.append((layer, head))
             room[layer] -= 1
     return chosen
-
-
-def controls(model, means, heads, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Vectors (latent, width): the `own` ones, and those that must not do as well.
-
-    another: of the next latent; random: a random direction of the same norm; other heads: of as
-    many heads of the same layers.
-    """
-    own = function_vectors(model, means, heads)
-    others = function_vectors(model, means, control_heads(heads, means.shape[2], seed))
-    random = random_like(own, seed)
-    return {"own": own, "another": own.roll(-1, 0), "random": random, "other heads": others}
 
 
 # ------------------------------------------------------------------ what a vector says

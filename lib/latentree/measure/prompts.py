@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
+from latentree.data.corpus import HELD_OUT, Corpus, Documents, pack
 from latentree.data.grammar import Grammar
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.parser import PrefixParser
@@ -59,15 +59,7 @@ class Prompts:
         return Prompts(self.tokens[kept], self.gold[kept], self.latent[kept])
 
 
-def contexts(
-    corpus: Corpus,
-    state,
-    latents: int,
-    repetitions: int,
-    length: int,
-    shortest: int = 0,
-    first: int = 0,
-) -> Contexts:
+def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -> Contexts:
     """`repetitions` held-out documents for each of `latents` latents, cut off after `length` tokens.
 
     Queries stand from token `shortest` on; `first` skips latents. A corpus without a grammar has no
@@ -81,17 +73,13 @@ def contexts(
     elif state:
         raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
     documents = corpus.documents(number)
-    token = documents.token
-    row, position = token["document"], position_within(token["document"])
-    early = position < length
-    tokens = torch.full((len(number), length), corpus.end)
-    tokens[row[early], position[early]] = documents.tokens[early]
-    followed = torch.diff(row, append=row.new_tensor([-1])) == 0
-    query = early & (position >= shortest) & followed
+    rows, lengths = pack(documents, 1, tuple(documents.token))
+    position = torch.arange(rows["tokens"].shape[1])
+    query = (position >= shortest) & (position < length) & (position < lengths[:, None] - 1)
     if state:
-        query &= token["place"] == len(state) - 1
+        query &= rows["place"] == len(state) - 1
         for back, role in enumerate(reversed(state)):
-            query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
+            query &= rows["role"].roll(back, 1) == corpus.grammar.roles.index(role)
     else:
         query &= (position % _EVERY == 0) & (position < length - 1)
     if not query.any():
@@ -99,7 +87,8 @@ def contexts(
             f"state = {state}: is nowhere between tokens {shortest} and {length} of the documents of "
             f"{corpus.name}; give another state or longer contexts"
         )
-    return Contexts(corpus, state, tokens, latent, row[query], position[query], documents)
+    tokens = rows["tokens"].masked_fill(rows["tokens"] < 0, corpus.end)[:, :length]
+    return Contexts(corpus, state, tokens, latent, *query.nonzero(as_tuple=True), documents)
 
 
 def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None) -> GrammarProcess:
@@ -134,11 +123,7 @@ def same_words(contexts: Contexts) -> Prompts:
     """For each query a zero-shot prompt of its own words. Without roles, gold is what followed."""
     back = torch.arange(1 - max(1, len(contexts.state)), 1)
     words = contexts.tokens[contexts.document[:, None], contexts.position[:, None] + back]
-    if contexts.state:
-        return _prompts(contexts, contexts.document, words)
-    followed = contexts.tokens[contexts.document, contexts.position + 1]
-    gold = torch.nn.functional.one_hot(followed, contexts.corpus.vocabulary_size).double()
-    return Prompts(_after_end(contexts.corpus, words), gold, contexts.query_latent)
+    return _prompts(contexts, contexts.document, words)
 
 
 def fresh_words(contexts: Contexts, seed: int = 0) -> Prompts:
@@ -248,9 +233,6 @@ def shared_part(contexts: Contexts, common: Contexts, role: str) -> torch.Tensor
     return (p[:-1] * p[-1]).sum(1) / p[-1].square().sum()
 
 
-# ------------------------------------------------------------------ pieces
-
-
 def _law(grammar: Grammar, role: str) -> torch.Tensor:
     """The frequencies of a role's words by rank (rank,)."""
     return torch.as_tensor(grammar.frequencies[grammar.roles.index(role)])
@@ -275,14 +257,14 @@ def _draw_words(contexts: Contexts, weights, seed: int) -> torch.Tensor:
     return torch.stack(columns, 1)
 
 
-def _after_end(corpus, words) -> torch.Tensor:
-    """Rows of tokens (prompt, 1 + words): the end token, then the words."""
-    return torch.cat([torch.full_like(words[:, :1], corpus.end), words], 1)
-
-
 def _prompts(contexts: Contexts, document, words) -> Prompts:
     """Prompts of `words` (prompt, state) after the end token, under the latents of `document`."""
-    source, count = contexts.source, words.shape[1] + 1
+    corpus, source, count = contexts.corpus, contexts.source, words.shape[1] + 1
+    tokens = torch.cat([torch.full_like(words[:, :1], corpus.end), words], 1)
+    if not contexts.state:  # one prompt for each query, whose next token is known
+        followed = contexts.tokens[document, contexts.position + 1]
+        gold = torch.nn.functional.one_hot(followed, corpus.vocabulary_size).double()
+        return Prompts(tokens, gold, contexts.latent[document])
     maps = len(next(iter(source.maps.values())))  # as many as documents, or one for all
     token = {
         "tokens": torch.cat([words, words[:, -1:]], 1).flatten(),  # the last word is not looked at
@@ -290,5 +272,5 @@ def _prompts(contexts: Contexts, document, words) -> Prompts:
         "unit": (document % maps).repeat_interleave(count),
     }
     asked = Documents(token, len(words), source.shapes, source.maps, source.habits)
-    gold = predictive(contexts.corpus.grammar, asked)[count - 1 :: count]
-    return Prompts(_after_end(contexts.corpus, words), gold, contexts.latent[document])
+    gold = predictive(corpus.grammar, asked)[count - 1 :: count]
+    return Prompts(tokens, gold, contexts.latent[document])
