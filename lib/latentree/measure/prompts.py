@@ -7,8 +7,9 @@ knows the exact distribution of its next token under a latent: the generator's t
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from latentree.data.corpus import HELD_OUT, Corpus, Documents, pack
+from latentree.data.corpus import HELD_OUT, Corpus, Documents
 from latentree.data.grammar import Grammar
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.parser import PrefixParser
@@ -73,13 +74,14 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
     elif state:
         raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
     documents = corpus.documents(number)
-    rows, lengths = pack(documents, 1, tuple(documents.token))
-    position = torch.arange(rows["tokens"].shape[1])
-    query = (position >= shortest) & (position < length) & (position < lengths[:, None] - 1)
+    token = documents.token
+    row, position = token["document"], token["position"]
+    sizes = torch.bincount(row)
+    query = (position >= shortest) & (position < length) & (position < sizes[row] - 1)
     if state:
-        query &= rows["place"] == len(state) - 1
+        query &= token["place"] == len(state) - 1
         for back, role in enumerate(reversed(state)):
-            query &= rows["role"].roll(back, 1) == corpus.grammar.roles.index(role)
+            query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
     else:
         query &= (position % _EVERY == 0) & (position < length - 1)
     if not query.any():
@@ -87,8 +89,9 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
             f"state = {state}: is nowhere between tokens {shortest} and {length} of the documents of "
             f"{corpus.name}; give another state or longer contexts"
         )
-    tokens = rows["tokens"].masked_fill(rows["tokens"] < 0, corpus.end)[:, :length]
-    return Contexts(corpus, state, tokens, latent, *query.nonzero(as_tuple=True), documents)
+    texts = documents.tokens.split(sizes.tolist())
+    tokens = pad_sequence(texts, batch_first=True, padding_value=corpus.end)[:, :length]
+    return Contexts(corpus, state, tokens, latent, row[query], position[query], documents)
 
 
 def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None) -> GrammarProcess:
