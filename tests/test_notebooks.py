@@ -24,6 +24,10 @@ def tagged(cells, tag):
     return [cell for cell in cells if tag in cell.metadata.get("tags", [])]
 
 
+def said(cells):
+    return "".join(output.get("text", "") for cell in cells for output in cell.outputs)
+
+
 def with_stubs(path: Path, folder: Path) -> Path:
     """A copy whose exercises stand there a second time, without solutions; what their checks then say is printed."""
     notebook = nbformat.read(path, 4)
@@ -48,29 +52,23 @@ def smoke(tmp_path_factory):
 
 
 @each_notebook
-def test_a_run_leaves_claims_and_figures(smoke, path):
+def test_a_run_leaves_claims_and_figures_and_its_exercises_work(smoke, path):
     results = json.loads((smoke / f"results/{path.stem[:2]}.json").read_text())
     assert results["notebook"] == path.stem and results["profile"] == "smoke"
     ids = sorted(claim["id"] for claim in results["claims"])
     assert ids == sorted(claims_of(READING).loc[path.stem[:2]].index)  # the same at every size
     text = (smoke / path.name).read_text()
     assert str(smoke) not in text and str(Path.home()) not in text and "Warning" not in text
-    outputs = [o for cell in nbformat.reads(text, 4).cells for o in cell.get("outputs", [])]
+    cells = nbformat.reads(text, 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == len(list(smoke.glob(f"figures/{path.stem[:2]}_*.png"))) >= 3
-
-
-@each_notebook
-def test_checks_tell_solutions_from_stubs(smoke, path):
-    def said(cells):
-        return "".join(o.get("text", "") for cell in cells for o in cell.outputs)
-
-    cells = nbformat.read(smoke / path.name, 4).cells
-    checks = tagged(cells, "check")
-    numbers = [str(number) for number in range(1, len(tagged(cells, "solution")) + 1)]
+    # checks tell solutions from stubs
+    solutions, checks = tagged(cells, "solution"), tagged(cells, "check")
+    numbers = [str(number) for number in range(1, len(solutions) + 1)]
     right = re.findall(r"^Exercise (\d+).*: right$", said(checks), re.MULTILINE)
     assert list(dict.fromkeys(right)) == numbers
-    stubs = said(cells[-len(numbers) - len(checks) :])
+    stubs = said(cells[-len(solutions) - len(checks) :])
     assert re.findall(r"^stub: Exercise (\d+).*: not yet: ", stubs, re.MULTILINE) == numbers
 
 

@@ -10,8 +10,6 @@ from latentree.run.parameters import check, declared
 from latentree.run.record import version_of
 from tiny import PARAMETERS, write_notebook, write_project
 
-FILES = sorted(Path("params").glob("*/[0-9]*.yaml"))
-
 
 @pytest.fixture(scope="module")
 def parameters(tmp_path_factory):
@@ -24,7 +22,7 @@ def test_values_replace_defaults_and_a_whole_number_becomes_a_float(parameters):
     assert values["corpora"] == ["bound", "bound-flat"] and values["profile"] == "smoke"
 
 
-@pytest.mark.parametrize("text", ["1e-3", "1.0e3", "2E5", "'0.1'"])
+@pytest.mark.parametrize("text", ["1e-3", "1.0e3", "'0.1'"])
 def test_a_number_that_yaml_reads_as_text_is_told_as_yaml_reads_it(parameters, text):
     with pytest.raises(ValueError) as refusal:
         check({"learning_rate": yaml.safe_load(text)}, parameters)
@@ -32,16 +30,16 @@ def test_a_number_that_yaml_reads_as_text_is_told_as_yaml_reads_it(parameters, t
     assert yaml.safe_load(mend) == float(text.strip("'"))
 
 
-@pytest.mark.parametrize("line", ["a: int = 1 + 1", "a: int = 0.5", "a: int = -1", "a = 'x'"])
+@pytest.mark.parametrize("line", ["a: int = 1 + 1", "a: int = -1", "a = 'x'"])
 def test_a_bad_declaration_is_refused(tmp_path, line):
     with pytest.raises(ValueError, match="a = "):
         check({}, declared(write_notebook(tmp_path / "01.ipynb", parameters=PARAMETERS + line)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_parameter_files_suit_their_notebooks(path):
-    values = check(read_yaml(path), declared(Path("notebooks") / f"{path.stem}.ipynb"))
-    assert values["profile"] == path.parent.name
+def test_every_parameter_file_suits_its_notebook():
+    for path in sorted(Path("params").glob("*/[0-9]*.yaml")):
+        values = check(read_yaml(path), declared(Path("notebooks") / f"{path.stem}.ipynb"))
+        assert values["profile"] == path.parent.name
 
 
 def test_the_version_is_of_values_and_not_of_bytes(tmp_path, monkeypatch):
