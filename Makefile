@@ -3,7 +3,7 @@
 # make compare    tells which claims differ between two runs: make compare A=outputs/reading B=outputs/laptop
 # make exercises  writes students' notebooks, the solutions taken out, into exercises/
 # make solutions  executes the notebooks with their solutions and checks at smoke scale, in minutes
-# make lab        opens the notebooks in JupyterLab
+# make lab        opens JupyterLab: notebooks/, and exercises/ if they are there
 # make book       builds the notebooks as a book, build/book/html/index.html
 # make bench      times the main steps on this machine
 # make cluster    submits a profile's notebooks to SLURM; ACCOUNT and PARTITION are options, or stand in cluster.mk
@@ -39,7 +39,7 @@ solutions:
 	$(MAKE) run PROFILE=smoke
 
 lab: .venv/.has-lab
-	.venv/bin/python -m jupyterlab notebooks
+	.venv/bin/python -m jupyterlab
 
 book: .venv/.has-book
 	.venv/bin/python docs/build.py
