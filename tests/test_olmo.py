@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import yaml
-from latentree.series.checkpoints import IDENTITY, LocalSeries, save_checkpoint
-from latentree.series.hub import lay_out
+from hub import lay_out
+from latentree.series.checkpoints import IDENTITY, save_checkpoint
 from latentree.train.model import build_model
 from test_text import lines, tokenizer
 
@@ -22,7 +22,10 @@ def lay_out_series(tmp_path):
     for step in (1000, 2000, 4000):
         save_checkpoint(build_model("gpt_neox", 24, 3, 32, 4, 64, seed=step), run, step)
         tokenizer(eos_token="<end>").save_pretrained(run / f"step-{step:08d}")
-    lay_out(LocalSeries(run), MODEL, tmp_path / "cache", 10**6)
+    revisions = {}
+    for step in (1000, 2000, 4000):
+        revisions[f"step{step}-tokens{step}M"] = run / f"step-{step:08d}"
+    lay_out(revisions, MODEL, tmp_path / "cache")
 
 
 def run_07(tmp_path, **values):

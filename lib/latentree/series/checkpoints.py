@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 IDENTITY = "training.json"  # what was trained on what: in the run's folder and in each checkpoint
-PARTIAL = ".partial-"  # begins the name of a folder that is still being written
+_PARTIAL = ".partial-"  # begins the name of a folder that is still being written
 
 logging.disable_progress_bar()  # transformers draws one for every small file
 
@@ -24,7 +24,7 @@ def checkpoint_steps(total_steps: int, evenly: int, log_spaced: int) -> list[int
 
 def save_checkpoint(model, run: Path, step: int) -> None:
     """Write `model` as checkpoint `step` of the run in the folder `run`: whole or not at all."""
-    partial, folder = run / f"{PARTIAL}step", run / f"step-{step:08d}"
+    partial, folder = run / f"{_PARTIAL}step", run / f"step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     model.save_pretrained(partial)
     shutil.copy(run / IDENTITY, partial)
