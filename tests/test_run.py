@@ -41,7 +41,7 @@ def succeeded(tmp_path_factory):
     """A project whose notebook ran once, where earlier runs had left their traces."""
     root = tmp_path_factory.mktemp("project")
     ipc = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().transport == 'ipc'"
-    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(2), file=sys.stdout, bar_format='{n} of 2'): pass"
+    bar = "import tqdm.auto, sys\nfor _ in tqdm.auto.tqdm(range(2), file=sys.stdout, bar_format='{n} of 2'): pass"
     say = f"import pathlib, sys\nprint('in', out)\nprint('\\x1b[32m' + out + '/a.csv', file=sys.stderr)\n{DRAW}"
     write_project(root, **{NAME: [ipc, say, bar, "", "pathlib.Path(checkpoints).mkdir()"]})
     (root / f"params/smoke/{NAME}.yaml").write_text("seed: 3\nlearning_rate: 1\nout: ignored\n")

@@ -37,7 +37,7 @@ from latentree.run.record import describe, output_folder, project_root, without_
 
 SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, which is shown while they move and kept at their end.
-TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm\n"
+TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
 
 
 def run(notebook: Path, params: Path, out: Path) -> None:
