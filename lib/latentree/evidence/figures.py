@@ -244,9 +244,8 @@ def band(ax, x, rows, color, marker=".", **line):
 # ---------------------------------------------------------------------- trees and documents
 
 
-def draw_tree(tree, ax, words=None):
-    """Draw an nltk tree; `words` stand below its leaves. Nonterminals stand above the middle of what they span."""
-    words = None if words is None else iter(words)
+def draw_tree(tree, ax):
+    """Draw an nltk tree: each nonterminal stands above the middle of what it spans."""
     next_leaf = iter(range(len(tree.leaves())))
 
     def place(node, depth):
@@ -262,8 +261,6 @@ def draw_tree(tree, ax, words=None):
                 fontweight="bold",
                 color=ROLE_COLOURS.get(node, "black"),
             )
-            if words is not None:
-                ax.text(x, -tree.height() - 0.45, next(words), ha="center", va="center", fontsize=8)
             return x, -tree.height() + 0.25
         spots = [place(child, depth + 1) for child in node]
         x = (spots[0][0] + spots[-1][0]) / 2
@@ -286,8 +283,11 @@ def draw_tree(tree, ax, words=None):
     ax.axis("off")
 
 
-def draw_document(documents, roles, ax, names=str):
-    """Draw one document, a sentence a line, a box a token, coloured by role; lines between paragraphs and sections."""
+def draw_document(documents, roles, ax):
+    """Draw one document: a sentence a line, a box a token, coloured by role, rules at levels.
+
+    Thick rules stand between sections, thin ones between paragraphs. `roles` names the roles.
+    """
     token = {name: value.tolist() for name, value in documents.token.items()}
     for i, word in enumerate(token["tokens"]):
         role = roles[token["role"][i]]
@@ -297,7 +297,7 @@ def draw_document(documents, roles, ax, names=str):
                 (x - 0.46, y - 0.42), 0.92, 0.84, fc=ROLE_COLOURS.get(role, "#777777"), ec="none"
             )
         )
-        ax.text(x, y, names(word), ha="center", va="center", fontsize=7, color="white")
+        ax.text(x, y, word, ha="center", va="center", fontsize=7, color="white")
     for i in range(1, len(token["tokens"])):
         for level, width in (("section", 2.0), ("paragraph", 0.7)):
             if token[level][i] != token[level][i - 1]:
