@@ -41,9 +41,7 @@ LINES = {
     "counts": ("#555555", "--"),
     "latent-aware": ("#555555", "-"),
 }
-
-
-REFERENCE = "#555555"  # the grey of what is computed and not measured
+_REFERENCE = "#555555"  # the grey of what is computed and not measured
 
 
 def set_style():
@@ -63,14 +61,9 @@ def set_style():
     )
 
 
-def colour(corpus) -> str:
-    """The colour of a corpus, by its kind, in all figures."""
-    return KIND_COLOURS[kind(corpus) if isinstance(corpus, str) else corpus.kind]
-
-
 def palette(corpora) -> dict:
-    """{name: colour} of these corpora, for seaborn."""
-    return {corpus.name: colour(corpus) for corpus in corpora}
+    """{name: colour} of these corpora, for seaborn: by their kinds, the same in all figures."""
+    return {corpus.name: KIND_COLOURS[corpus.kind] for corpus in corpora}
 
 
 def write(figure, path) -> None:
@@ -170,7 +163,7 @@ def heatmaps(
     limit = limit or float(table["value"].abs().max()) or 1.0
 
     def draw(data, color=None):
-        heatmap(plt.gca(), data, limit, index, dots, columns)
+        _heatmap(plt.gca(), data, limit, index, columns, dots)
 
     found = _mapped(table, draw, None, False, {"height": 1.9, "aspect": 1.3} | grid)
     shades = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), "RdBu")
@@ -200,45 +193,22 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
     return found
 
 
-def heatmap(ax, rows, limit: float, index="layer", dots=False, columns="tokens"):
-    """One heatmap (`heatmaps`) on given axes; returns its image, or hides the axes if there are no rows."""
-    if not len(rows):
-        ax.axis("off")
-        return None
+def _heatmap(axes, rows, limit: float, index: str, columns: str, dots: bool) -> None:
+    """One panel of `heatmaps`."""
     cells = rows.pivot(index=index, columns=columns, values="value")
-    image = ax.imshow(
-        cells,
-        cmap="RdBu",
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-    )
+    shades = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+    axes.imshow(cells, **shades, aspect="auto", origin="lower", interpolation="nearest")
     marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
-    shown = [
-        f"{value / 1e6:.1f}" if columns == "tokens" else value for value in cells.columns[marks]
-    ]
-    ax.set_xticks(marks, shown)
-    ax.set_yticks(range(len(cells)), cells.index)
+    shown = cells.columns[marks]
+    if columns == "tokens":
+        shown = [f"{tokens / 1e6:.1f}" for tokens in shown]
+    axes.set_xticks(marks, shown)
+    axes.set_yticks(range(len(cells)), cells.index)
     if dots:
         zero = rows.assign(inside=(rows["low"] <= 0) & (rows["high"] >= 0))
         zero = zero.pivot(index=index, columns=columns, values="inside").to_numpy()
         layer, column = np.nonzero(zero.astype(float) > 0)
-        ax.plot(column, layer, ".", ms=2.5, color=REFERENCE)
-    return image
-
-
-def reference_line(ax, name, value, **where):
-    """A labelled horizontal reference: syntax-only, in-sentence, counts or latent-aware."""
-    shade, dashes = LINES[name]
-    ax.axhline(value, color=shade, ls=dashes, lw=1.2, label=name, **where)
-
-
-def band(ax, x, rows, color, marker=".", **line):
-    """A curve of `rows` ("value") over `x` with its interval ("low", "high") as a band; `line` goes to plot."""
-    ax.plot(x, rows["value"], color=color, marker=marker, **line)
-    ax.fill_between(x, rows["low"], rows["high"], color=color, alpha=0.2, lw=0)
+        axes.plot(column, layer, ".", ms=2.5, color=_REFERENCE)
 
 
 # ---------------------------------------------------------------------- trees and documents
@@ -322,36 +292,3 @@ def with_palette(png: bytes) -> bytes:
     few = picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     few.save(drawn, "PNG", optimize=True, pnginfo=texts, dpi=picture.info.get("dpi", (100, 100)))
     return min(png, drawn.getvalue(), key=len)
-
-
-# ---------------------------------------------------------------------- until their callers have moved
-
-
-def kind(corpus):
-    """The kind of a corpus by its file's name: PCFG, flat, static, n-gram (order-n chain), hashed n-gram, small release."""
-    endings = {"-flat": "flat", "-static": "static", "-ngram": "hashed n-gram"}
-    found = next(
-        (name for ending, name in endings.items() if corpus.endswith(ending)),
-        "n-gram" if "-order" in corpus else "PCFG",
-    )
-    return (
-        found.replace("PCFG", "small release").replace("flat", "small release, flat")
-        if "-small" in corpus
-        else found
-    )
-
-
-def save(figure, out, name):
-    """Write `figure` to out/figures/name.png, with its description in words (`described`) inside."""
-    folder = Path(out) / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
-    figure.savefig(drawn, bbox_inches="tight", metadata={"Description": described(figure)})
-    (folder / f"{name}.png").write_bytes(with_palette(drawn.getvalue()))
-
-
-def save_table(table, out, name):
-    """Write a DataFrame to out/tables/name.csv, numbers to six digits."""
-    folder = Path(out) / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
