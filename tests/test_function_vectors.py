@@ -1,4 +1,4 @@
-"""Contexts and prompts against the generator's own record; vectors of models known by construction."""
+"""Contexts and prompts against the generator's own record; vectors of hand-set models."""
 
 import pandas as pd
 import pytest
@@ -413,7 +413,7 @@ def test_states_are_what_attention_writes_at_the_queries(architecture):
         torch.testing.assert_close(again, (z, predicted), atol=1e-5, rtol=0)
 
 
-# ---------------------------------------------------------------------- a model whose vectors are known
+# ---------------------------------------------------------------------- known vectors
 
 SCALE = 20.0
 VERBS = slice(29, 57)
@@ -482,7 +482,7 @@ def test_vectors_are_the_frequencies_that_the_contexts_show(model, taken, seen, 
     assert vectors[:, : NEXT.start].abs().max() == 0
     with_idle = fv.function_vectors(model, means, [(0, 1), (1, 0), (0, 0)])
     torch.testing.assert_close(with_idle, vectors)
-    # Read out, they rank the words as the contexts do: first the one the latent makes most frequent.
+    # Read out, they rank the words as the contexts do: the latent's most frequent one first.
     spoken = fv.decoded(model, vectors).double()
     torch.testing.assert_close(spoken, SCALE * by_latent, atol=1e-5, rtol=0)
     most_frequent = [int(latents_of(taken, latent)[0]["verb"][0]) for latent in range(12)]

@@ -61,7 +61,7 @@ def attention_outputs(model, z) -> torch.Tensor:
 
 
 def last_logits(model, tokens, change=None) -> torch.Tensor:
-    """Logits (batch, vocabulary) after the last token, in a run that `change` changes (trace.run)."""
+    """Logits (batch, vocabulary) after the last token of a run, with `change` (trace.run)."""
     return run(model, tokens, ["logits"], change, logits_to_keep=1)["logits"][:, -1].cpu()
 
 
@@ -118,8 +118,8 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
 def over_latents(rows: dict, latent) -> pd.DataFrame:
     """Means over latents of rows {(prompt, vector, layer, quantity): values (query,)}.
 
-    `latent` (query,). Columns prompt, vector, layer, quantity, value, low, high (95 % over latents),
-    latents. Where rows are of `own - another`, a `best layer` (-1) comes last: that difference in
+    `latent` (query,). Columns prompt, vector, layer, quantity, value, low, high (95 % over
+    latents), latents. Where rows are of `own - another`, a `best layer` (-1) comes last: that difference in
     the layer that is best on one half of the latents, scored on the other, both ways.
     """
     there, place = latent.unique(return_inverse=True)
@@ -223,7 +223,7 @@ def choose(model, means, effects, zero_shot: Prompts) -> tuple[list[tuple[int, i
 
 
 def _ranked_heads(effects) -> list[tuple[int, int]]:
-    """Heads (layer, head) by effect, at most half of each layer's: others are left for a control."""
+    """Heads (layer, head) by effect, at most half of each layer's, so that others are left."""
     chosen, room = [], [max(1, effects.shape[1] // 2)] * len(effects)
     for number in effects.flatten().argsort(descending=True).tolist():
         layer, head = divmod(number, effects.shape[1])

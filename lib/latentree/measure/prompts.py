@@ -61,7 +61,7 @@ class Prompts:
 
 
 def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -> Contexts:
-    """`repetitions` held-out documents for each of `latents` latents, cut off after `length` tokens.
+    """`repetitions` held-out documents for each of `latents` latents, cut after `length` tokens.
 
     Queries stand from token `shortest` on; `first` skips latents. A corpus without a grammar has no
     roles and no shared latents: its state is [], each document counts as a latent of its own, and
@@ -86,7 +86,7 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
         query &= (position % _EVERY == 0) & (position < length - 1)
     if not query.any():
         raise ValueError(
-            f"state = {state}: is nowhere between tokens {shortest} and {length} of the documents of "
+            f"state = {state}: is nowhere between tokens {shortest} and {length} of documents of "
             f"{corpus.name}; give another state or longer contexts"
         )
     texts = documents.tokens.split(sizes.tolist())
@@ -103,8 +103,8 @@ def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None
     file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
         raise ValueError(
-            f"{corpus.name}: redraws latents within documents, {file['redraw']}; give a grammar that "
-            "redraws for whole documents, so that each has one latent"
+            f"{corpus.name}: redraws latents within documents, {file['redraw']}; give a grammar "
+            "that redraws for whole documents, so that each has one latent"
         )
     if share is not None:
         file["redraw"] = {"corpus": 1.0, "document": share} if share else {"corpus": 1.0}
@@ -112,12 +112,12 @@ def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None
 
 
 def next_role(grammar: Grammar, state) -> str:
-    """The role that must follow the roles `state` of a sentence so far; ValueError if others may."""
+    """The role that must follow a sentence's first roles `state`; ValueError if others may."""
     following = PrefixParser(grammar).legal_roles(tuple(state)) if state else set()
     if len(following) != 1:
         raise ValueError(
-            f"state = {list(state)}: is not followed by one certain role in {grammar.name}; give the "
-            "first roles of a sentence, such as ['subject']"
+            f"state = {list(state)}: is not followed by one certain role in {grammar.name}; give "
+            "the first roles of a sentence, such as ['subject']"
         )
     return following.pop()
 
@@ -141,7 +141,7 @@ def fresh_words(contexts: Contexts, seed: int = 0) -> Prompts:
 
 
 def drawn_words(contexts: Contexts, each: int, seed: int = 0) -> Prompts:
-    """`each` zero-shot prompts for each latent, of words drawn uniformly from those of their roles."""
+    """`each` zero-shot prompts for each latent, of words drawn uniformly from their roles' words."""
     document = _first_documents(contexts).repeat_interleave(each)
     alike = torch.ones(len(document), contexts.corpus.vocabulary_size)
     return _prompts(contexts, document, _draw_words(contexts, alike, seed))
@@ -196,8 +196,8 @@ def ideal_divergence(contexts: Contexts, groups) -> torch.Tensor:
     """KL in nats (group,) from the latent-aware prediction to an ideal reader's, exact.
 
     Each of `groups` is a list of queries of one latent: the reader has seen their contexts up to
-    there, knows the grammar, and predicts the word after the state (exact/reader.py). ValueError for a
-    grammar with binding, where words are not independent draws.
+    there, knows the grammar, and predicts the word after the state (`posterior_frequencies`).
+    ValueError for a grammar with binding, where words are not independent draws.
     """
     corpus, grammar = contexts.corpus, contexts.corpus.grammar
     if grammar.file.binding > 0:
@@ -252,7 +252,7 @@ def _first_documents(contexts: Contexts) -> torch.Tensor:
 
 
 def _draw_words(contexts: Contexts, weights, seed: int) -> torch.Tensor:
-    """A word for each role of the state (prompt, state), by weights (prompt, vocabulary) of words."""
+    """A word for each role of the state (prompt, state), by weights (prompt, vocabulary)."""
     generator, columns = torch.Generator().manual_seed(seed), []
     for role in contexts.state:
         words = _words(contexts.corpus.grammar, role)
