@@ -119,8 +119,8 @@ def over_latents(rows: dict, latent) -> pd.DataFrame:
     """Means over latents of rows {(prompt, vector, layer, quantity): values (query,)}.
 
     `latent` (query,). Columns prompt, vector, layer, quantity, value, low, high (95 % over
-    latents), latents. Where rows are of `own - another`, a `best layer` (-1) comes last: that difference in
-    the layer that is best on one half of the latents, scored on the other, both ways.
+    latents), latents. Where rows are of `own - another`, a `best layer` (-1) comes last: it is
+    chosen on one half of the latents and scored on the other, both ways.
     """
     there, place = latent.unique(return_inverse=True)
     count = torch.bincount(place).double()

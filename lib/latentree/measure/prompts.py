@@ -141,7 +141,7 @@ def fresh_words(contexts: Contexts, seed: int = 0) -> Prompts:
 
 
 def drawn_words(contexts: Contexts, each: int, seed: int = 0) -> Prompts:
-    """`each` zero-shot prompts for each latent, of words drawn uniformly from their roles' words."""
+    """`each` zero-shot prompts for each latent, of words drawn uniformly for their roles."""
     document = _first_documents(contexts).repeat_interleave(each)
     alike = torch.ones(len(document), contexts.corpus.vocabulary_size)
     return _prompts(contexts, document, _draw_words(contexts, alike, seed))
