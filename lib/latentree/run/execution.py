@@ -1,13 +1,13 @@
 """Execute one notebook: python -m latentree.run NOTEBOOK --params FILE --out FOLDER
 
-The notebook writes into a staging folder, which is its parameter `out`. When all its cells have been executed and
-results/NN.json is there, its figures, tables, results and the executed notebook move into FOLDER, in place of earlier
-ones, and run.json says what was run. Otherwise FOLDER stays as it was, and beside what was finished before,
-NN_name.failed.ipynb shows how far it came. What it trains lies in FOLDER/checkpoints and is kept in any case.
+The notebook writes into a staging folder, which is its parameter `out`. When all its cells have been
+executed and results/NN.json is there, its figures, tables, results and the executed notebook move
+into FOLDER, in place of earlier ones, and run.json says what was run. Otherwise what was finished
+before stays as it was, and beside it NN_name.failed.ipynb shows how far this run came. What is
+trained lies in FOLDER/checkpoints and is kept in any case.
 
-Exit status: 0 done; 1 the run failed; 2 bad input, told before a kernel starts. Either is one line on standard error.
-
-    python -m latentree.run --folder-of PROFILE     prints the folder of a profile's outputs
+Exit status: 0 done; 1 the run failed; 2 bad input, told before a kernel starts. Either is one line on
+standard error. `--folder-of PROFILE` prints the folder of a profile's outputs.
 """
 
 import argparse
@@ -23,9 +23,9 @@ import tempfile
 import time
 from base64 import b64decode, b64encode
 from datetime import UTC, datetime
+from io import TextIOBase
 from pathlib import Path
 
-import nbformat
 import papermill
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
@@ -36,7 +36,7 @@ from latentree.run.parameters import check, declared
 from latentree.run.record import describe, output_folder, project_root, without_machine, write_entry
 
 SECONDS_BETWEEN_BARS = 5
-# Nobody sees a widget here: progress bars are text, which is shown while they move and kept at their end.
+# Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
 TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
 
 
@@ -58,73 +58,67 @@ def run(notebook: Path, params: Path, out: Path) -> None:
     with FileLock(folder / f".{name}.lock").acquire(timeout=0):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir()
-        if "checkpoints" not in values:  # until all notebooks have it
-            (folder / "checkpoints").mkdir(exist_ok=True)
-            (staging / "checkpoints").symlink_to(folder / "checkpoints")
         executed = Path(shutil.copy(notebook, staging))
-        problem = _execute(notebook, executed, given)
-        _clean(executed, folder)
-        result = staging / "results" / f"{name[:2]}.json"
+        early = _execute(notebook, executed, given)
+        problem = _finish(executed, folder, early)
+        result = staging / f"results/{name[:2]}.json"
         if not problem and not result.exists():
             problem = f"finished without results/{result.name}: end it with work.finish(claims)"
         if problem:
             os.replace(executed, failed)
             shutil.rmtree(staging)
             raise RuntimeError(f"{name}: {problem}; see {failed}")
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # the largest process
-        for noted in staging.glob(".*.noted.json"):  # until notebook 07 has moved
-            entry |= json.loads(noted.read_text())
-            noted.unlink()
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process, KiB
         entry["wall_seconds"] = round(time.monotonic() - start, 1)
-        entry["peak_memory_gb"] = round(peak / 1e9, 2)
+        entry["peak_memory_gb"] = round(peak * 1024 / 1e9, 2)
         _publish(staging, folder, name[:2])
         write_entry(folder, name, entry)
         failed.unlink(missing_ok=True)
 
 
 def _execute(notebook: Path, executed: Path, values: dict) -> str:
-    """Let papermill execute a notebook into the file `executed`; what kept it from its end, in one line, or ''."""
+    """Let papermill execute a notebook into the file `executed`; why it ended early, or ''."""
     os.environ.pop("MPLBACKEND", None)
     os.environ.pop("JUPYTER_PATH", None)
-    # OpenMP threads that spin long while they wait make two processes on shared cores ten times slower, and threads
-    # that sleep at once make one process a third slower; this is long enough for one and short enough for two.
+    # OpenMP threads that spin long while they wait make two processes on shared cores ten times
+    # slower, and threads that sleep at once make one process a third slower; this is long enough
+    # for one and short enough for two.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
     short = "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path has 107 bytes at most
-    lines, early, errors = _Lines(notebook.stem), "", os.dup(2)
+    private = tempfile.mkdtemp("", "latentree-", short)
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
+        os.environ[name] = f"{private}/{name}"
+    startup = Path(private, "IPYTHONDIR/profile_default/startup")
+    startup.mkdir(parents=True)
+    (startup / "bars.py").write_text(TEXT_BARS)
+    # sockets instead of ports: no other user can connect, and runs side by side never meet
+    sockets = {"transport": "ipc", "connection_file": f"{private}/kernel.json"}
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    lines, errors = _Lines(notebook.stem), os.dup(2)
     os.dup2(1, 2)  # what the kernel's process says goes with the progress
-    with tempfile.TemporaryDirectory(
-        "", "latentree-", short, ignore_cleanup_errors=True
-    ) as private:
-        for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
-            os.environ[name] = f"{private}/{name}"
-        startup = Path(private, "IPYTHONDIR/profile_default/startup")
-        startup.mkdir(parents=True)
-        (startup / "bars.py").write_text(TEXT_BARS)
-        # sockets instead of ports: no other user can connect, and runs side by side never meet
-        sockets = {"transport": "ipc", "connection_file": f"{private}/kernel.json"}
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, _stop)
-        try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(executed),
-                values,
-                kernel_name="python3",
-                cwd=str(project_root()),
-                progress_bar={"file": lines, "bar_format": "{n_fmt} of {total_fmt} cells"},
-                stdout_file=lines,
-                stderr_file=lines,
-                coalesce_streams=True,
-                config=Config(KernelManager=sockets),
-            )
-        except PapermillExecutionError:
-            pass  # the cell holds its error
-        except (RuntimeError, SystemExit) as error:  # the kernel died, or this process was stopped
-            early = str(error)
-        finally:
-            os.dup2(errors, 2)
-    return _problem(executed, early)
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            values,
+            kernel_name="python3",
+            cwd=str(project_root()),
+            progress_bar={"file": lines, "bar_format": "{n_fmt} of {total_fmt} cells"},
+            stdout_file=lines,
+            stderr_file=lines,
+            coalesce_streams=True,
+            config=Config(KernelManager=sockets),
+        )
+    except PapermillExecutionError:
+        pass  # the cell holds its error
+    except (RuntimeError, SystemExit) as error:  # the kernel died, or this process was stopped
+        return str(error)
+    finally:
+        os.dup2(errors, 2)
+        shutil.rmtree(private, ignore_errors=True)
+    return ""
 
 
 def _stop(number, frame):
@@ -132,8 +126,8 @@ def _stop(number, frame):
     raise SystemExit(f"stopped by {signal.Signals(number).name}")
 
 
-class _Lines:
-    """A file for what papermill and the kernel say: lines with the notebook's name, of a redrawn bar one in five seconds."""
+class _Lines(TextIOBase):
+    """Prints what papermill and the kernel say, by lines; of a redrawn bar one in five seconds."""
 
     def __init__(self, name: str):
         self.name, self.last_bar = name, 0.0
@@ -148,47 +142,45 @@ class _Lines:
             if line.strip():
                 print(f"{self.name}: {line}", flush=True)
 
-    def flush(self) -> None:
-        """Each line is flushed as it is printed."""
 
+def _finish(executed: Path, folder: Path, early: str) -> str:
+    """Take this machine's paths out of an executed notebook and make its pictures small.
 
-def _problem(notebook: Path, early: str) -> str:
-    """What kept a notebook from its end: a cell's error, or `early`, with the cell's number and first line."""
-    number, name = 0, "before the first cell"
-    for cell in nbformat.read(notebook, 4).cells:
-        if cell.cell_type != "code" or not cell.metadata.get("papermill", {}).get("start_time"):
-            continue
-        if cell.source.strip():
-            number += 1
-            name = f"In [{number}] `{cell.source.strip().splitlines()[0][:60]}`"
-        for output in cell.outputs:
-            if output.output_type == "error":  # papermill takes SystemExit: 0 for a success
-                early = early or f"{output.ename}: {output.evalue}"
-    return early and f"{name}: {early}"
-
-
-def _clean(notebook: Path, folder: Path) -> None:
-    """Take this machine's paths out of an executed notebook, and make its pictures small."""
-    text = notebook.read_text(encoding="utf-8").replace(f"/{notebook.parent.name}", "")
-    shown = json.loads(without_machine(text, folder))
+    Returns what kept it from its end, `early` or a cell's error, with the cell's number and line.
+    """
+    text = executed.read_text(encoding="utf-8").replace(f"/{executed.parent.name}", "")
+    notebook = json.loads(without_machine(text, folder))
     for name in ("input_path", "output_path", "parameters"):
-        shown["metadata"].get("papermill", {}).pop(name, None)
-    outputs = [output for cell in shown["cells"] for output in cell.get("outputs", [])]
-    for data in [output.get("data", {}) for output in outputs]:
-        if "image/png" in data:
-            from latentree.evidence.figures import with_palette  # takes seconds to import
+        notebook["metadata"].get("papermill", {}).pop(name, None)
+    number, cell_name = 0, "before the first cell"
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"]).strip()
+        if source and cell["metadata"].get("papermill", {}).get("start_time") and "outputs" in cell:
+            number += 1
+            cell_name = f"In [{number}] `{source.splitlines()[0][:60]}`"
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "error":  # papermill takes SystemExit: 0 for a success
+                early = early or f"{output['ename']}: {output['evalue']}"
+            if "image/png" in output.get("data", {}):
+                output["data"]["image/png"] = _small(output["data"]["image/png"])
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    executed.write_text(text, encoding="utf-8")
+    return early and f"{cell_name}: {early}"
 
-            data["image/png"] = b64encode(with_palette(b64decode(data["image/png"]))).decode()
-    notebook.write_text(json.dumps(shown, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+def _small(picture: str) -> str:
+    from latentree.evidence.figures import with_palette  # takes seconds to import
+
+    return b64encode(with_palette(b64decode(picture))).decode()
 
 
 def _publish(staging: Path, folder: Path, number: str) -> None:
-    """Move all that a notebook has written into `folder`, in place of what an earlier run left there."""
+    """Move what a notebook has written into `folder`, in place of what an earlier run left there."""
     for earlier in folder.glob(f"*/{number}[._]*"):
         if earlier.parent.name in ("figures", "tables", "results"):
             earlier.unlink()
     for file in sorted(staging.rglob("*")):
-        if file.is_file() and "checkpoints" not in file.parts:
+        if file.is_file():
             target = folder / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)
@@ -197,11 +189,8 @@ def _publish(staging: Path, folder: Path, number: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentree.run",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m latentree.run", description=__doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("notebook", type=Path, nargs="?")
     parser.add_argument("--params", type=Path, help="YAML file with parameters")
     parser.add_argument("--out", type=Path, help="folder for the executed notebook and the rest")
@@ -218,13 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         run(given.notebook, given.params, given.out)
+        return 0
     except Timeout:
         status, problem = 2, f"another run is writing to {given.out}: wait for it or stop it"
     except (ValueError, FileNotFoundError) as error:
         status, problem = 2, f"{given.params}: {error}"
     except (RuntimeError, OSError) as error:
         status, problem = 1, str(error)
-    else:
-        return 0
     print("error:", " ".join(problem.split()), file=sys.stderr)
     return status

@@ -85,17 +85,3 @@ def _as_number(given) -> str:
     mantissa, e, exponent = given.lower().partition("e")
     number = f"{float(mantissa)}e{int(exponent):+d}" if e else mantissa
     return f" (YAML reads text here: write {number})"
-
-
-# ---------------------------------------------------------------------- until their callers have moved
-
-
-def validate(namespace):
-    """The parameters of a notebook as a namespace; the working folder becomes the project's root."""
-    import os
-    from types import SimpleNamespace
-
-    from latentree.run.record import project_root
-
-    os.chdir(project_root())
-    return SimpleNamespace(**{name: namespace[name] for name in namespace["__annotations__"]})

@@ -58,11 +58,6 @@ def describe(values: dict) -> dict:
     }
 
 
-def note(out, notebook, **facts) -> None:
-    """Until notebook 07 has moved."""
-    write_text(Path(out) / f".{notebook}.noted.json", json.dumps(facts))
-
-
 def write_entry(folder: Path, notebook: str, entry: dict) -> None:
     """Put the entry of one notebook into FOLDER/run.json; notebooks that finish together wait for each other."""
     file = folder / "run.json"
