@@ -1,6 +1,7 @@
 """How large the house is: `python bench/house.py` prints the table that stands in CONTRIBUTING.md.
 
-Lines are those that are not blank, docstrings in; names are functions, classes and constants without an underscore.
+Lines are those that are not blank, docstrings in; names are functions, classes and constants
+without an underscore.
 """
 
 import ast
@@ -47,7 +48,7 @@ def rooms() -> pd.DataFrame:
 
 
 def code_cells(notebook: Path) -> list[str]:
-    """The sources of a notebook's code cells, without its parameters and the checks of exercises."""
+    """The sources of a notebook's code cells, without its parameters and exercises' checks."""
     cells = json.loads(notebook.read_text())["cells"]
     apart = {"parameters", "check"}
     return [
@@ -58,7 +59,7 @@ def code_cells(notebook: Path) -> list[str]:
 
 
 def notebooks() -> pd.DataFrame:
-    """A row for each notebook: its code cells, their lines, nodes of their syntax trees, comprehensions and lambdas."""
+    """A row for each notebook: code cells, their lines, syntax nodes, comprehensions, lambdas."""
     rows = []
     for path in sorted(Path("notebooks").glob("*.ipynb")):
         cells = code_cells(path)

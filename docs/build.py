@@ -1,7 +1,8 @@
-"""The book: `python docs/build.py` builds build/book/html from these pages and the reading copy, outputs/reading.
+"""The book: `python docs/build.py` builds build/book/html from these pages and outputs/reading.
 
-The notebooks are copied with what a page needs and a notebook does not: links to other notebooks and to the literature, alternative
-texts of figures, solutions folded away, and a box that says how to run the page oneself.
+The notebooks are copied with what a page needs and a notebook does not: links to other notebooks
+and to the literature, alternative texts of figures, solutions folded away, and a box that says how
+to run the page oneself.
 """
 
 import json
@@ -32,8 +33,8 @@ CITED = {  # how the notebooks name a work (the year in brackets or not): its ke
 }
 RUN = """:::{{admonition}} Run this yourself
 :class: tip
-In a clone of the repository, `make run` executes all notebooks, and `make exercises` writes a copy of each with the solutions left to
-you. This one alone:
+In a clone of the repository, `make run` executes all notebooks, and `make exercises` writes a copy
+of each with the solutions left to you. This one alone:
 
     .venv/bin/python -m latentree.run notebooks/{name}.ipynb \\
         --params params/laptop/{name}.yaml --out outputs/mine
@@ -42,7 +43,7 @@ you. This one alone:
 
 
 def linked(text: str, own: str, names: dict) -> str:
-    """Markdown with links from `notebook 03` to that notebook, and from cited works to the references; code is left alone."""
+    """Markdown with links from `notebook 03` and from cited works; code is left alone."""
 
     def numbers(match):
         return re.sub(

@@ -1,4 +1,4 @@
-"""Sphinx: the book of executed notebooks. Nothing is executed and nothing fetched, when it is built or read. See build.py."""
+"""Sphinx: the book of executed notebooks (build.py). Nothing is executed, and nothing fetched."""
 
 project = "latentree"
 author = "The latentree developers"
@@ -39,7 +39,7 @@ html_copy_source = False
 
 
 def as_rst(app, what, name, obj, options, lines):
-    """Docstrings here are plain text with code in single backticks: what reStructuredText would read as markup is escaped."""
+    """Docstrings are plain text with code in backticks: other markup is escaped."""
     for number, line in enumerate(lines):
         parts = line.split("`")
         parts[::2] = [

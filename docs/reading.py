@@ -1,4 +1,4 @@
-"""The reading copy, outputs/reading: what git keeps of the laptop's run, and the table of its claims in README.md.
+"""The reading copy: what git keeps of the laptop's run, and the table of its claims in README.md.
 
 python docs/reading.py copy FOLDER [NN]    takes it over from a run's folder, or one notebook of it
 python docs/reading.py report              writes the table into README.md, between two marked lines
@@ -20,7 +20,7 @@ BEGIN, END = "<!-- claims: written by make report -->", "<!-- end of claims -->"
 
 
 def copy(run: Path, reading: Path, number: str = "") -> None:
-    """Take over the notebooks of a run whose names begin with `number`, with all they wrote and their entries in run.json.
+    """Take over the notebooks of a run whose names begin with `number`, and all that they wrote.
 
     Raises ValueError if the run has no such notebook.
     """

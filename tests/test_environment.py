@@ -1,4 +1,4 @@
-"""pyproject.toml, constraints.txt, environment.yml, the Makefile and .ci/run say the same, and the code is in ruff's form."""
+"""What is installed is said the same everywhere, and the code is in ruff's form."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Exercises are whole and give nothing away; a check says what is wrong. (test_notebooks.py executes them.)"""
+"""Exercises are whole and give nothing away; a check says what is wrong."""
 
 import re
 from pathlib import Path

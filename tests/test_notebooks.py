@@ -1,4 +1,4 @@
-"""Every notebook reads like one, and all of them, executed once at smoke scale, leave claims and figures."""
+"""Every notebook reads like one, and executed at smoke scale leaves its claims and figures."""
 
 import ast
 import json
@@ -29,7 +29,7 @@ def said(cells):
 
 
 def with_stubs(path: Path, folder: Path) -> Path:
-    """A copy whose exercises stand there a second time, without solutions; what their checks then say is printed."""
+    """A copy whose exercises stand there again, as stubs; what their checks then say is printed."""
     notebook = nbformat.read(path, 4)
     for cell in student_copy(notebook).cells:
         tags = cell.metadata.get("tags", [])
@@ -102,7 +102,7 @@ def test_the_record_names_every_notebook(smoke):
 
 @each_notebook
 def test_notebook_reads_like_one(path):
-    """Prose before every code cell, short cells of one thought each, short lines, no outputs in the source."""
+    """Prose before every code cell, short cells of one thought each, short lines, no outputs."""
     cells = nbformat.read(path, 4).cells
     kinds = [cell.cell_type for cell in cells if "check" not in cell.metadata.get("tags", [])]
     assert all(before == "markdown" for before, kind in zip(kinds, kinds[1:]) if kind == "code")

@@ -1,4 +1,4 @@
-"""Parameters are declared once, in a notebook's first code cell, and every file of them suits its notebook."""
+"""Parameters are declared in a notebook's first code cell, and every file of them suits it."""
 
 import json
 from pathlib import Path

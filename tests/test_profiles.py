@@ -1,4 +1,4 @@
-"""The paper's profile, its corpora and settings, through the notebooks that train on them: every size made tiny, on a CPU."""
+"""The paper's profile, its corpora and settings, through the notebooks, every size made tiny."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def parameters(profile, name):
 
 def test_the_papers_profile_runs_through_the_notebooks(tmp_path):
     def tiny(path):
-        """The paper's parameters, with the sizes of the smoke profile where it has one, and of SAME."""
+        """The paper's parameters, with the sizes of the smoke profile and of SAME."""
         paper, smoke = parameters("paper", path.stem), parameters("smoke", path.stem)
         sizes = {n: v for n, v in smoke.items() if n in paper and isinstance(v, int)}
         values = paper | sizes | {name: value for name, value in SAME.items() if name in paper}

@@ -1,4 +1,4 @@
-"""The reading copy is of the notebooks and parameters as they are, and the README shows its claims."""
+"""The reading copy is of the notebooks as they are, and the README shows its claims."""
 
 import json
 import re

@@ -22,7 +22,19 @@ from tiny import (
 )
 
 NAME = "01_tiny"
-DRAW = "figures = pathlib.Path(out, 'figures'); figures.mkdir(); (figures / '01_a.png').touch()"
+IPC = """\
+from ipykernel.kernelapp import IPKernelApp
+assert IPKernelApp.instance().transport == 'ipc'"""
+BAR = """\
+import tqdm.auto, sys
+for _ in tqdm.auto.tqdm(range(2), file=sys.stdout, bar_format='{n} of 2'): pass"""
+SAY = """\
+import pathlib, sys
+print('in', out)
+print('\\x1b[32m' + out + '/a.csv', file=sys.stderr)
+figures = pathlib.Path(out, 'figures')
+figures.mkdir()
+(figures / '01_a.png').touch()"""
 
 
 def files_of(folder: Path) -> dict:
@@ -40,10 +52,7 @@ def one_line(text: str) -> str:
 def succeeded(tmp_path_factory):
     """A project whose notebook ran once, where earlier runs had left their traces."""
     root = tmp_path_factory.mktemp("project")
-    ipc = "from ipykernel.kernelapp import IPKernelApp\nassert IPKernelApp.instance().transport == 'ipc'"
-    bar = "import tqdm.auto, sys\nfor _ in tqdm.auto.tqdm(range(2), file=sys.stdout, bar_format='{n} of 2'): pass"
-    say = f"import pathlib, sys\nprint('in', out)\nprint('\\x1b[32m' + out + '/a.csv', file=sys.stderr)\n{DRAW}"
-    write_project(root, **{NAME: [ipc, say, bar, "", "pathlib.Path(checkpoints).mkdir()"]})
+    write_project(root, **{NAME: [IPC, SAY, BAR, "", "pathlib.Path(checkpoints).mkdir()"]})
     (root / f"params/smoke/{NAME}.yaml").write_text("seed: 3\nlearning_rate: 1\nout: ignored\n")
     for left in (f"{NAME}.failed.ipynb", "results/01.json", "figures/01_old.png", "figures/02.png"):
         (root / "out" / left).parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +124,7 @@ def test_only_this_projects_commit_is_told(tmp_path, monkeypatch):
 
 @pytest.fixture
 def finished(tmp_path):
-    """A function that makes a project with an earlier, finished run, which a failure must leave alone."""
+    """A function that makes a project with a finished run, which a failure must leave alone."""
 
     def make(*cells: str) -> Path:
         root = write_project(tmp_path, **{NAME: list(cells)})
@@ -128,7 +137,7 @@ def finished(tmp_path):
 
 
 def assert_failed(root: Path, before: str = "{}") -> str:
-    """What was finished is there as it was, beside the notebook that failed, whose text is returned."""
+    """What was finished is there as it was; the text of the notebook that failed."""
     left = files_of(root / "out")
     failed = left.pop(f"{NAME}.failed.ipynb")
     expected = {f"{NAME}.ipynb", "results/01.json", "figures/01_a.png", "run.json"}

@@ -1,4 +1,4 @@
-"""Snakemake executes every notebook once, in order, goes on after a failure or a kill, and again only what a change touches."""
+"""Snakemake goes on after a failure or a kill, and executes again only what a change touches."""
 
 import os
 import re
@@ -18,7 +18,7 @@ SNAKEMAKE = [*LINE, "--profile", "profiles/local", "--config", "profile=smoke"]
 
 @pytest.fixture
 def project(tmp_path):
-    """A function that makes a project, in a folder with a space, with this Snakefile and two tiny notebooks."""
+    """A function that makes a project with this Snakefile, in a folder with a space."""
 
     def make(first: list[str], second: list[str]) -> Path:
         root = tmp_path / "a project"

@@ -1,4 +1,4 @@
-"""Tiny notebooks and projects for the tests of the running layer; a kernel takes about a second to start."""
+"""Tiny notebooks and projects for the tests of what runs notebooks."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Pat
 
 
 def write_project(root: Path, **notebooks: list[str]) -> Path:
-    """A project with a smoke profile: for each notebook its cells, then one that writes a result."""
+    """A project with a smoke profile: each notebook's cells, then one that writes a result."""
     for name, cells in notebooks.items():
         write_notebook(root / f"notebooks/{name}.ipynb", *cells, WRITE.format(name[:2]))
         params = root / f"params/smoke/{name}.yaml"

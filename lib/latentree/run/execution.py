@@ -1,13 +1,13 @@
 """Execute one notebook: python -m latentree.run NOTEBOOK --params FILE --out FOLDER
 
-The notebook writes into a staging folder, which is its parameter `out`. When all its cells have been
-executed and results/NN.json is there, its figures, tables, results and the executed notebook move
-into FOLDER, in place of earlier ones, and run.json says what was run. Otherwise what was finished
-before stays as it was, and beside it NN_name.failed.ipynb shows how far this run came. What is
-trained lies in FOLDER/checkpoints and is kept in any case.
+The notebook writes into a staging folder, which is its parameter `out`. When all its cells have
+been executed and results/NN.json is there, its figures, tables, results and the executed notebook
+move into FOLDER, in place of earlier ones, and run.json says what was run. Otherwise what was
+finished before stays as it was, and beside it NN_name.failed.ipynb shows how far this run came.
+What is trained lies in FOLDER/checkpoints and is kept in any case.
 
-Exit status: 0 done; 1 the run failed; 2 bad input, told before a kernel starts. Either is one line on
-standard error. `--folder-of PROFILE` prints the folder of a profile's outputs.
+Exit status: 0 done; 1 the run failed; 2 bad input, told before a kernel starts. Either is one line
+on standard error. `--folder-of PROFILE` prints the folder of a profile's outputs.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def _small(picture: str) -> str:
 
 
 def _publish(staging: Path, folder: Path, number: str) -> None:
-    """Move what a notebook has written into `folder`, in place of what an earlier run left there."""
+    """Move what a notebook has written into `folder`, in place of what an earlier run left."""
     for earlier in folder.glob(f"*/{number}[._]*"):
         if earlier.parent.name in ("figures", "tables", "results"):
             earlier.unlink()

@@ -1,11 +1,13 @@
-"""Exercises of the notebooks: their checks, and notebooks for students, with the solutions taken out.
+"""Exercises of the notebooks: their checks, and students' notebooks, the solutions taken out.
 
-An exercise is three cells, marked by tags: `exercise` (the task, with its difficulty and a hint), `solution` (code, of which
-the lines between BEGIN and END are the solution) and `check` (which calls `check` below).
+An exercise is three cells, marked by tags: `exercise` (the task, with its difficulty and a hint),
+`solution` (code, of which the lines between BEGIN and END are the solution) and `check` (which
+calls `check` below).
 
-    python -m latentree.run.exercises FOLDER PROFILE    writes a student's copy of every notebook into FOLDER
+    python -m latentree.run.exercises FOLDER PROFILE    writes a student's copy of every notebook
 
-A copy has the profile's parameters, reads the models of `make run`, and writes into outputs/scratch.
+A copy has the profile's parameters, reads the models of `make run`, and writes into
+outputs/scratch.
 """
 
 import re
@@ -24,10 +26,10 @@ STUB = "...  # your solution"
 
 
 def check(exercise: str, got, expected, tolerance: float = 1e-6, mend: str = "") -> None:
-    """Say that an answer is right; AssertionError with how it differs, and the `mend`, if it is not.
+    """Say that an answer is right; AssertionError with how it differs, and the `mend`, if not.
 
-    `got` and `expected` are numbers, strings or arrays of one shape; numbers may differ by `tolerance` times the largest
-    of `expected` (NaN equals NaN).
+    `got` and `expected` are numbers, strings or arrays of one shape; numbers may differ by
+    `tolerance` times the largest of `expected` (NaN equals NaN).
     """
     try:
         if got is None or got is ...:
@@ -44,7 +46,10 @@ def check(exercise: str, got, expected, tolerance: float = 1e-6, mend: str = "")
 
 
 def student_copy(notebook):
-    """A notebook with stubs for solutions and without outputs. ValueError for a solution without BEGIN and END."""
+    """A notebook with stubs for solutions and without outputs.
+
+    Raises ValueError for a solution without BEGIN and END.
+    """
     copy = nbformat.from_dict(notebook)
     for cell in copy.cells:
         if "solution" in cell.metadata.get("tags", []):

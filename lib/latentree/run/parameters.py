@@ -1,4 +1,4 @@
-"""Parameters of a notebook: declared in its cell tagged `parameters`, checked before a kernel starts."""
+"""Parameters of a notebook: declared in its cell tagged `parameters`, checked before it runs."""
 
 import ast
 import difflib
@@ -40,7 +40,7 @@ class Parameters(
 
 
 def declared(notebook) -> type[Parameters]:
-    """The parameters that a notebook (a path) declares, `name: type = literal  # meaning`, as a pydantic model.
+    """What a notebook (a path) declares, `name: type = literal  # meaning`, as a pydantic model.
 
     Raises ValueError for a notebook that is none, or a declaration that is not of this form.
     """
@@ -49,9 +49,8 @@ def declared(notebook) -> type[Parameters]:
         try:
             default = ast.literal_eval(found["default"])
         except (ValueError, SyntaxError):
-            raise ValueError(
-                f"{notebook}: {name} = {found['default']}: write `name: type = literal  # meaning`"
-            ) from None
+            told = f"{notebook}: {name} = {found['default']}: write `name: type = literal`"
+            raise ValueError(told) from None
         fields[name] = (CHOICES.get(name, found["inferred_type_name"]), default)
     if "out" not in fields or "profile" not in fields:
         raise ValueError(f"{notebook}: its cell tagged `parameters` must declare profile and out")
@@ -59,7 +58,7 @@ def declared(notebook) -> type[Parameters]:
 
 
 def check(values: dict, parameters: type[Parameters]) -> dict:
-    """All parameters of a notebook: `values`, each of its declared type and within its limits, and the defaults.
+    """All parameters of a notebook: `values`, of their types and within their limits, and defaults.
 
     Raises ValueError, in one line, for the first that is not, or that is not declared.
     """

@@ -20,7 +20,7 @@ PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy paperm
 
 
 def project_root() -> Path:
-    """The nearest folder, from here upwards, that has parameter files; else this package's checkout."""
+    """The nearest folder, from here upwards, that has parameters; else this package's checkout."""
     here = Path.cwd()
     checkout = Path(__file__).resolve().parents[3]
     return next((at for at in (here, *here.parents) if (at / "params").is_dir()), checkout)
@@ -32,7 +32,7 @@ def output_folder(profile: str) -> Path:
 
 
 def version_of(profile: str) -> str:
-    """The project's version, and 8 hex digits of the values in the profile's parameter files and all grammars."""
+    """The project's version, and 8 hex digits of the values of its files and all grammars."""
     folder = project_root() / "params"
     files = sorted((folder / profile).glob("*.yaml"))
     if not files:
@@ -59,7 +59,7 @@ def describe(values: dict) -> dict:
 
 
 def write_entry(folder: Path, notebook: str, entry: dict) -> None:
-    """Put the entry of one notebook into FOLDER/run.json; notebooks that finish together wait for each other."""
+    """Put one notebook's entry into FOLDER/run.json; notebooks that finish together wait."""
     file = folder / "run.json"
     with FileLock(folder / ".run.lock"):
         record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -84,7 +84,7 @@ def _digest(values: dict) -> str:
 
 
 def _git_state() -> dict:
-    """Commit, and whether files outside outputs/ differ from it; None where the project is no git repository."""
+    """Commit, and whether files outside outputs/ differ from it; None without git."""
     root = project_root()
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
