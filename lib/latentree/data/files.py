@@ -1,8 +1,6 @@
 """Files of a user are read strictly; files of a run are written whole or not at all."""
 
-import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -32,17 +30,6 @@ def read_yaml(path) -> dict:
     return values
 
 
-def read_json(path: Path, mend: str) -> dict:
-    """The mapping in a JSON file. Raises ValueError, with the `mend`, if there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); {mend}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no mapping; {mend}")
-    return values
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and rename it, so that no reader ever sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,14 +38,3 @@ def write_text(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path):
-    """What the disk or missing rights raise becomes one ValueError about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); make room there or name another folder"
-        ) from None

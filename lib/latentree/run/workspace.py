@@ -62,7 +62,7 @@ class Workspace:
         folder = self._run_folder(corpus.name, seed)
         series = LocalSeries(folder)
         theirs = series.identity.get("grammar")
-        if theirs not in (None, corpus.digest):  # None: trained before this was written down
+        if theirs != corpus.digest:
             raise ValueError(
                 f"{folder}: was trained on another grammar {corpus.name} ({theirs}, this one is "
                 f"{corpus.digest}); train again in another folder, or restore the grammar file"
