@@ -273,13 +273,11 @@ def test_stream_is_the_same_for_any_sharding_and_resumes_exactly(name):
         assert torch.equal(batch, torch.cat([half.next_batch() for half in halves]))
         if step == 2:
             state = whole.state_dict()
-            shards = [half.state_dict() for half in halves]
-    for states in ([state], shards):
-        resumed = Stream(corpus, rows, context)
-        resumed.load_state_dict(*states)
-        for _ in range(3, 8):
-            last = resumed.next_batch()
-        assert torch.equal(last, batch)
+    resumed = Stream(corpus, rows, context)
+    resumed.load_state_dict(state)
+    for _ in range(3, 8):
+        last = resumed.next_batch()
+    assert torch.equal(last, batch)
 
 
 def test_stream_rows_are_documents_end_to_end():

@@ -152,18 +152,15 @@ class Stream:
         per_row = max(1, round(_REFILL / (self.rows * self.corpus.mean_document_length)))
         while min(self._lengths) - self._used < self.context:
             row = self.first_row + torch.arange(self.rows)[:, None]
-            fresh = self._read(row, self._next + torch.arange(per_row))
+            place = row + (self._next + torch.arange(per_row)) * self.total_rows
+            ids = self.corpus.training_ids(place.flatten())
+            fresh = self.corpus.documents(ids, self.device, detail=False)
             fresh = _rows(fresh.tokens, fresh.token["document"] // per_row)
             self._hold([torch.cat(parts) for parts in zip(self._left(), fresh)])
             self._next += per_row
         batch = self._buffer[:, self._used : self._used + self.context]
         self._used += self.context
         return batch
-
-    def _read(self, row, number):
-        """Training documents by their number in a row's lane; tensors that broadcast."""
-        ids = self.corpus.training_ids((row + number * self.total_rows).flatten())
-        return self.corpus.documents(ids, self.device, detail=False)
 
     def _hold(self, lanes):
         """Have the tokens `lanes`, a tensor for each row, next."""
@@ -177,25 +174,12 @@ class Stream:
 
     def state_dict(self):
         """What is needed to go on exactly here: documents that each row has read, and the rest."""
-        left = [lane.clone() for lane in self._left()]
-        return {"first_row": self.first_row, "next": self._next, "left": left}
+        return {"next": self._next, "left": [lane.clone() for lane in self._left()]}
 
-    def load_state_dict(self, *states):
-        """Go on where the streams that gave `states` stood, this one or several: each row there."""
-        stood = {}
-        for state in states:
-            for row, left in enumerate(state["left"], state["first_row"]):
-                stood[row] = (state["next"], left)
-        rows = range(self.first_row, self.first_row + self.rows)
-        self._next = max(stood[row][0] for row in rows)
-        lanes = []
-        for row in rows:
-            read, left = stood[row]
-            lanes.append(left.to(self.device))
-            if read < self._next:  # in another process, which had read less
-                fresh = self._read(row, torch.arange(read, self._next)).tokens
-                lanes[-1] = torch.cat([lanes[-1], fresh])
-        self._hold(lanes)
+    def load_state_dict(self, state):
+        """Go on where the stream of these rows stood that gave `state`."""
+        self._next = state["next"]
+        self._hold([lane.to(self.device) for lane in state["left"]])
 
 
 def _rows(field, row):

@@ -15,7 +15,7 @@ import numpy as np
 
 from latentree.data.grammar_file import END, Role, checked
 
-SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
+_SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
 
 
 class Production(NamedTuple):
@@ -188,7 +188,7 @@ class Grammar:
         shapes = []
         for choices, probability in self._expand((0,)):
             shapes.append(self.shape(choices, probability))
-            if len(shapes) > SHAPE_LIMIT:
+            if len(shapes) > _SHAPE_LIMIT:
                 return None
         return sorted(shapes, key=lambda shape: (-shape.probability, shape.roles))
 

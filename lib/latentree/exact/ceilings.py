@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-MOST_PARENTS = 16  # of which all subsets are enumerated, for a habit's marginal
+_MOST_PARENTS = 16  # of which all subsets are enumerated, for a habit's marginal
 
 
 def expected(grammar):
@@ -109,11 +109,11 @@ def _bound_entropy(grammar, child):
 def _marginal_entropy(grammar, parent, child):
     """Entropy of a word before the word it follows is seen, averaged over habits.
 
-    Enumerates which ranks of the parent call for a word; NaN for more than MOST_PARENTS of them.
+    Enumerates which ranks of the parent call for a word; NaN for more than _MOST_PARENTS of them.
     """
     binding = grammar.file.binding
     above, law = grammar.frequencies[parent], grammar.frequencies[child]
-    if len(above) > MOST_PARENTS:
+    if len(above) > _MOST_PARENTS:
         return np.nan
     callers = np.array(list(product((0, 1), repeat=len(above))))
     mass, size = callers @ above, callers.sum(1)
