@@ -70,3 +70,21 @@ def test_the_code_is_formatted_and_clean():
         line += ["lib", "tests", "bench", "docs", "notebooks"]
         ran = subprocess.run(line, cwd=ROOT, text=True, capture_output=True)
         assert ran.returncode == 0, ran.stdout
+
+
+ROOMS = {
+    "data": set(),
+    "inside": set(),
+    "evidence": {"data"},
+    "exact": {"data"},
+    "series": {"data", "inside"},
+    "train": {"data", "series"},
+    "measure": {"data", "exact", "series", "train", "inside", "evidence"},
+    "run": {"data", "series", "evidence"},
+}
+
+
+def test_imports_never_run_back():
+    for file in (ROOT / "lib/latentree").glob("*/*.py"):
+        read = set(re.findall(r"^\s*from latentree\.(\w+)", file.read_text(), re.MULTILINE))
+        assert read <= ROOMS[file.parent.name] | {file.parent.name}, file
