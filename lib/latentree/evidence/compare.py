@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-NUMBERS = ["value", "low", "high"]
+_NUMBERS = ["value", "low", "high"]
 
 
 def claims_of(folder) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6)
         a, b = one.loc[key], other.loc[key]
         rows += [
             (*key, name, a[name], b[name])
-            for name in NUMBERS
+            for name in _NUMBERS
             if not (pd.isna(a[name]) and pd.isna(b[name]))
             and not math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance)
         ]

@@ -25,13 +25,13 @@ def estimated(documents, distances, labels):
         if not counts.any():
             raise ValueError(f"distance = {distance}: documents are shorter; give a smaller one")
         whole, even, odd = [
-            mutual_information(table / table.sum()) for table in (counts.sum(0), *counts)
+            _mutual_information(table / table.sum()) for table in (counts.sum(0), *counts)
         ]
         values.append(float(2 * whole - (even + odd) / 2))
     return np.array(values)
 
 
-def mutual_information(joint):
+def _mutual_information(joint):
     """Mutual information of a joint distribution (rows, columns), in nats."""
     joint = torch.as_tensor(joint)
     expected = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
@@ -80,7 +80,7 @@ def exact(grammar, distances, words=True):
         within, across = pairs[0] / pairs.sum(), pairs[1:].sum(0) / pairs.sum()
         p = by_role.T @ (within + across) @ by_role
         same_word = np.diag(by_role.T @ (within * equal + across * apart) @ by_role)
-        found[distance] = float(mutual_information(p))
+        found[distance] = float(_mutual_information(p))
         for r, size in enumerate(grammar.sizes):
             if words and size > 1 and p[r, r] > 0:
                 e = same_word[r] / p[r, r]
@@ -137,5 +137,5 @@ def exact_chain(chain, distances, labels):
     found = {}
     for distance in range(1, max(distances) + 1):
         joint = (step.T @ joint.T).T
-        found[distance] = float(mutual_information(joint @ ending.numpy()))
+        found[distance] = float(_mutual_information(joint @ ending.numpy()))
     return np.array([found[distance] for distance in distances])

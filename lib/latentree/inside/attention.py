@@ -6,7 +6,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-OPEN = "latentree_open"  # the name under which transformers finds the attention function below
+_OPEN = "latentree_open"  # the name under which transformers finds the attention function below
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def attention(model, see):
             probabilities = replaced
         return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 
-    AttentionInterface.register(OPEN, attend)
-    AttentionMaskInterface.register(OPEN, eager_mask)
+    AttentionInterface.register(_OPEN, attend)
+    AttentionMaskInterface.register(_OPEN, eager_mask)
     before = model.config._attn_implementation
-    model.set_attn_implementation(OPEN)
+    model.set_attn_implementation(_OPEN)
     try:
         yield
     finally:

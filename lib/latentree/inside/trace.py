@@ -16,8 +16,8 @@ from nnsight import NNsight
 
 from latentree.inside.names import Internals
 
-BY_LAYER = ("stream", "z", "attention", "mlp")
-ONCE = ("normed", "logits", "cache")
+_BY_LAYER = ("stream", "z", "attention", "mlp")
+_ONCE = ("normed", "logits", "cache")
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def run(model, tokens, read=(), change=None, **inputs) -> dict:
         inputs = {"logits_to_keep": 1} | inputs
     inputs = {"use_cache": "cache" in read} | inputs
     shape = (inside.heads, inside.head_dim)
-    found = {point: [] for point in read if point in BY_LAYER}
+    found = {point: [] for point in read if point in _BY_LAYER}
     with traced.trace(input_ids=tokens.to(model.device), **inputs):
         for point, layer, module, side in _sites(inside):
             if (point, layer) in change:
@@ -78,13 +78,13 @@ def _sites(inside: Internals) -> list:
 
 
 def _check_points(inside: Internals, read, change) -> None:
-    known = (*BY_LAYER, *ONCE)
+    known = (*_BY_LAYER, *_ONCE)
     for point in read:
         if point not in known:
             raise ValueError(f"read = {point!r}: is no point of a run; use {', '.join(known)}")
     for point, layer in change:
         last = inside.layers if point == "stream" else inside.layers - 1
-        if point not in BY_LAYER or not 0 <= layer <= last:
+        if point not in _BY_LAYER or not 0 <= layer <= last:
             raise ValueError(
-                f"change = {(point, layer)}: give one of {', '.join(BY_LAYER)} and a layer from 0 to {last}"
+                f"change = {(point, layer)}: give one of {', '.join(_BY_LAYER)} and a layer from 0 to {last}"
             )

@@ -35,9 +35,9 @@ from latentree.data.files import read_yaml
 from latentree.run.parameters import check, declared
 from latentree.run.record import describe, output_folder, project_root, without_machine, write_entry
 
-SECONDS_BETWEEN_BARS = 5
+_SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
-TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
+_TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
 
 
 def run(notebook: Path, params: Path, out: Path) -> None:
@@ -91,7 +91,7 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
         os.environ[name] = f"{private}/{name}"
     startup = Path(private, "IPYTHONDIR/profile_default/startup")
     startup.mkdir(parents=True)
-    (startup / "bars.py").write_text(TEXT_BARS)
+    (startup / "bars.py").write_text(_TEXT_BARS)
     # sockets instead of ports: no other user can connect, and runs side by side never meet
     sockets = {"transport": "ipc", "connection_file": f"{private}/kernel.json"}
     signal.signal(signal.SIGTERM, _stop)
@@ -134,7 +134,7 @@ class _Lines(TextIOBase):
 
     def write(self, text: str) -> None:
         if "\r" in text:
-            if time.monotonic() - self.last_bar < SECONDS_BETWEEN_BARS:
+            if time.monotonic() - self.last_bar < _SECONDS_BETWEEN_BARS:
                 return
             self.last_bar = time.monotonic()
             text = text.strip().split("\r")[-1]

@@ -8,15 +8,15 @@ import papermill
 from pydantic import BaseModel, ValidationError, create_model, model_validator
 
 # The same name means the same in every notebook.
-CHOICES = {
+_CHOICES = {
     "optimizer": Literal["adamw", "muon"],
     "schedule": Literal["linear", "cosine"],
     "device": Literal["auto", "cpu", "cuda"],
     "precision": Literal["float32", "bfloat16"],
     "spacing": Literal["even", "log"],
 }
-MAY_BE_0 = {"seed", "seeds", "corpus_seed", "tokens_per_step"}
-MAY_BE_EMPTY = {"state"}
+_MAY_BE_0 = {"seed", "seeds", "corpus_seed", "tokens_per_step"}
+_MAY_BE_EMPTY = {"state"}
 
 
 class Parameters(
@@ -29,12 +29,12 @@ class Parameters(
         for name, value in self:
             values = value if isinstance(value, list) else [value]
             whole = [number for number in values if type(number) is int]
-            if not values and name not in MAY_BE_EMPTY:
+            if not values and name not in _MAY_BE_EMPTY:
                 raise ValueError(f"{name} = []: give at least one")
             if name in ("seeds", "corpora") and len(set(values)) < len(values):
                 raise ValueError(f"{name} = {value}: give each only once")
-            if whole and min(whole) < (0 if name in MAY_BE_0 else 1):
-                least = "0 or more" if name in MAY_BE_0 else "greater than 0"
+            if whole and min(whole) < (0 if name in _MAY_BE_0 else 1):
+                least = "0 or more" if name in _MAY_BE_0 else "greater than 0"
                 raise ValueError(f"{name} = {value}: must be {least}")
         return self
 
@@ -51,7 +51,7 @@ def declared(notebook) -> type[Parameters]:
         except (ValueError, SyntaxError):
             told = f"{notebook}: {name} = {found['default']}: write `name: type = literal`"
             raise ValueError(told) from None
-        fields[name] = (CHOICES.get(name, found["inferred_type_name"]), default)
+        fields[name] = (_CHOICES.get(name, found["inferred_type_name"]), default)
     if "out" not in fields or "profile" not in fields:
         raise ValueError(f"{notebook}: its cell tagged `parameters` must declare profile and out")
     return create_model("Parameters", __base__=Parameters, **fields)

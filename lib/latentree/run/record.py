@@ -16,7 +16,7 @@ from filelock import FileLock
 import latentree
 from latentree.data.files import read_yaml, write_text
 
-PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy papermill".split()
+_PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy papermill".split()
 
 
 def project_root() -> Path:
@@ -46,7 +46,7 @@ def version_of(profile: str) -> str:
 def describe(values: dict) -> dict:
     """All that is known before a run of its parameters, of this project and of this machine."""
     parameters = {name: value for name, value in values.items() if name != "out"}
-    versions = {package: version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in _PACKAGES}
     return {
         "version": version_of(values["profile"]),
         **_git_state(),
