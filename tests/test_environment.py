@@ -78,7 +78,7 @@ ROOMS = {
     "evidence": {"data"},
     "exact": {"data"},
     "series": {"data", "inside"},
-    "train": {"data", "series"},
+    "train": {"data", "series", "inside"},
     "measure": {"data", "exact", "series", "train", "inside", "evidence"},
     "run": {"data", "series", "evidence"},
 }

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,10 +49,10 @@ def position_within(group):
     return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
 
 
-class Corpus:
+class Corpus(ABC):
     """Text of any kind: each document is a pure function of its number, so none is stored.
 
-    - name, seed; kind ("PCFG", "flat", "n-gram", ...: its colour in figures), label (its name there).
+    - name, seed; kind ("PCFG", "flat", ...: its colour in figures) and label (its name there).
     - vocabulary_size, and end, the token that closes a sentence or text (None: there is none).
     - mean_document_length in tokens.
     - repetitions: how many documents in a row share their latents.
@@ -70,12 +71,12 @@ class Corpus:
         self.mean_document_length = mean_document_length
         self._content = content
 
+    @abstractmethod
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Documents by number, `ids` (documents,) >= 0; from HELD_OUT on they are held out.
 
         Without `detail` only the fields tokens and document need be filled.
         """
-        raise NotImplementedError
 
     @cached_property
     def digest(self):

@@ -83,7 +83,7 @@ class TwoLevel(Corpus):
         self.log_query = (mix * above[:, None] + (1 - mix) * below).log_softmax(-1)
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
-        """Sequences by number, with fields document, position, segment, place (in it), z0 and z1."""
+        """Sequences by number: fields document, position, segment, place (in it), z0 and z1."""
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         segment = torch.arange(self.segments, device=device)
         place = torch.arange(self.length, device=device)

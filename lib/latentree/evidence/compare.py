@@ -1,6 +1,7 @@
-"""Two runs side by side, claim by claim: python -m latentree.evidence.compare FOLDER OTHER [--tolerance 1e-6]
+"""Two runs side by side: python -m latentree.evidence.compare FOLDER OTHER [--tolerance 1e-6]
 
-Lists every claim whose value, interval or verdict differs, and those that only one run has; exits with 1 if there are any.
+Lists every claim whose value, interval or verdict differs, and those that only one run has; exits
+with 1 if there are any.
 """
 
 import argparse
@@ -15,7 +16,7 @@ _NUMBERS = ["value", "low", "high"]
 
 
 def claims_of(folder) -> pd.DataFrame:
-    """The claims in folder/results/*.json: one row each, indexed by the result's file and the claim's id.
+    """The claims in folder/results/*.json, indexed by the result's file and the claim's id.
 
     Raises ValueError for a folder without results.
     """

@@ -1,7 +1,7 @@
 """Figures: one palette for the corpora, grids of curves, bars and heatmaps, trees, documents.
 
-A picture is one call on a tidy table: `lines`, `bars` and `heatmaps` return seaborn's FacetGrid, whose
-`set` names the axes. Columns value, low and high hold what is drawn and its interval.
+A picture is one call on a tidy table: `lines`, `bars` and `heatmaps` return seaborn's FacetGrid,
+whose `set` names the axes. Columns value, low and high hold what is drawn and its interval.
 """
 
 import warnings
@@ -74,7 +74,7 @@ def write(figure, path) -> None:
 
 
 def described(figure):
-    """What a figure shows, in words, from its panels' titles, axes and legends: the picture's alternative text."""
+    """What a figure shows, in words, from its titles, axes and legends: an alternative text."""
     panels = [ax for ax in figure.axes if ax.get_visible() and ax.has_data()]
 
     def all_of(texts):

@@ -1,4 +1,4 @@
-"""Intervals over independent units (sequences, documents, seeds), and tests of paired differences."""
+"""Intervals over independent units (sequences, documents, seeds); tests of paired differences."""
 
 import numpy as np
 import torch

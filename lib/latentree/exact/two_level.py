@@ -1,4 +1,4 @@
-"""The exact Bayes predictor of the two-level process (data/two_level.py), and what its latents tell."""
+"""The exact Bayes predictor of the two-level process, and what its latents tell."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Attention probabilities, to be read or replaced: through transformers' own interface for attention functions."""
+"""Attention probabilities, to be read or replaced, by transformers' interface for attention."""
 
 from contextlib import contextmanager
 
@@ -11,10 +11,11 @@ _OPEN = "latentree_open"  # the name under which transformers finds the attentio
 
 @contextmanager
 def attention(model, see):
-    """Within, every layer calls `see(layer, probabilities)`, probabilities (batch, head, query, key).
+    """Within, every layer calls `see(layer, probabilities)`.
 
-    What it returns, unless None, is attended with in their place. The other attention functions are
-    faster and compute no probabilities, so the model has its own one back afterwards.
+    They are (batch, head, query, key). What it returns, unless None, is attended with in their
+    place. The other attention functions are faster and compute no probabilities, so the model has
+    its own one back afterwards.
     """
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -1,11 +1,11 @@
-"""One standard name for each internal point of a causal language model, whatever its architecture calls it.
+"""One standard name for each internal point of a causal language model.
 
 Matrices follow the mathematics of a row vector: with x (width) the input of a head, its value is
-x @ W_V (head_dim), and what it adds to the attention's output is z @ W_O (width), where z (head_dim)
-is the head's mix of values.
+x @ W_V (head_dim), and what it adds to the attention's output is z @ W_O (width), where
+z (head_dim) is the head's mix of values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 
 import torch
@@ -29,6 +29,8 @@ class Names:
     input_norm: str | None = "input_layernorm"  # None: the attention reads the stream as it is
     attention_norm: str | None = None  # of what the attention adds to the stream
     mlp_norm: str | None = None  # of what the MLP adds to it
+    mlp_size: str = "intermediate_size"  # what the config calls the MLP's width
+    config: dict = field(default_factory=dict)  # what the config needs beside the sizes
 
 
 NAMES = {
@@ -55,6 +57,8 @@ NAMES = {
         o_proj="attn.c_proj",
         projections=("attn.c_attn",),
         input_norm="ln_1",
+        mlp_size="n_inner",
+        config={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
 }
 
@@ -88,8 +92,8 @@ class Internals:
         first = _part(_part(model, self.names.blocks)[0], self.names.o_proj)
         if weight(first).shape[1] != self.heads * self.head_dim:
             raise ValueError(
-                f"o_proj: reads {weight(first).shape[1]} coordinates, which are not {self.heads} heads "
-                f"of {self.head_dim}; give a model whose attention concatenates its heads"
+                f"o_proj: reads {weight(first).shape[1]} coordinates, which are not "
+                f"{self.heads} heads of {self.head_dim}; give a model that concatenates its heads"
             )
 
     def attention(self, layer: int):
@@ -97,7 +101,7 @@ class Internals:
         return _part(self.blocks[layer], self.names.attention)
 
     def o_proj(self, layer: int):
-        """The projection that reads the heads' mixes of values, end to end: (..., heads * head_dim)."""
+        """The projection that reads the heads' mixes of values, (..., heads * head_dim)."""
         return _part(self.blocks[layer], self.names.o_proj)
 
     def mlp(self, layer: int):
@@ -125,9 +129,10 @@ class Internals:
         return _part(self.blocks[layer], self.names.mlp_norm or self.names.mlp)
 
     def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each: a shared key or value head is repeated.
+        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each.
 
-        Biases and rotary positions are left out; norms of queries and keys enter by their gains.
+        A shared key or value head is repeated. Biases and rotary positions are left out; norms of
+        queries and keys enter by their gains.
         """
         attention, found = self.attention(layer), []
         rows = [weight(_part(self.blocks[layer], path)).T for path in self.names.projections]
@@ -151,10 +156,11 @@ class Internals:
         return weight(self.o_proj(layer)).T.unflatten(0, (self.heads, self.head_dim))
 
     def head_written(self, layer: int, z: torch.Tensor) -> torch.Tensor:
-        """What each head adds to the stream (..., head, width), from all mixes z (..., head, head_dim) of a layer.
+        """What each head of a layer adds to the stream (..., head, width).
 
-        With the bias of o_proj, if it has one, this sums to the attention's part. Where a norm reads
-        their sum, each head's part is scaled as the sum is.
+        `z` (..., head, head_dim) are the mixes of all its heads. With the bias of o_proj, if it has
+        one, this sums to the attention's part. Where a norm reads their sum, each head's part is
+        scaled as the sum is.
         """
         added = torch.einsum("...hd,hdw->...hw", z, self.w_o(layer).to(z))
         total = added.sum(-2, keepdim=True)
@@ -175,9 +181,10 @@ def weight(module) -> torch.Tensor:
 
 
 def norm_gain(norm, vectors: torch.Tensor) -> torch.Tensor:
-    """The linear part of a norm on vectors (..., width): centred if it is a LayerNorm, times its gain if it has one.
+    """The linear part of a norm on vectors (..., width).
 
-    The division by the scale and the bias are left out. No norm (None) changes nothing.
+    They are centred if it is a LayerNorm, and times its gain if it has one. The division by the
+    scale and the bias are left out. No norm (None) changes nothing.
     """
     if norm is None:
         return vectors
@@ -188,7 +195,7 @@ def norm_gain(norm, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def norm_scale(norm, vectors: torch.Tensor) -> torch.Tensor:
-    """What a norm multiplies vectors (..., width) by, beside its gain: (..., 1). No norm (None) multiplies by 1.
+    """What a norm multiplies vectors (..., width) by, beside its gain: (..., 1); no norm: 1.
 
     norm(vectors) = norm_gain(norm, vectors) * norm_scale(norm, vectors) + its bias, if it has one.
     """

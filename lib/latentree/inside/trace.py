@@ -3,7 +3,7 @@
 Points of a run, by what is written there (names.py finds the modules of each architecture):
 
     stream     (layers + 1, batch, position, width)       before each block, and after the last
-    z          (layer, batch, position, head, head_dim)   each head's mix of values, where heads are apart
+    z          (layer, batch, position, head, head_dim)   each head's mix of values
     attention  (layer, batch, position, width)            what the attention adds to the stream
     mlp        (layer, batch, position, width)            what the MLP adds to the stream
     normed     (batch, position, width)                   the stream after the final norm
@@ -86,5 +86,6 @@ def _check_points(inside: Internals, read, change) -> None:
         last = inside.layers if point == "stream" else inside.layers - 1
         if point not in _BY_LAYER or not 0 <= layer <= last:
             raise ValueError(
-                f"change = {(point, layer)}: give one of {', '.join(_BY_LAYER)} and a layer from 0 to {last}"
+                f"change = {(point, layer)}: give one of {', '.join(_BY_LAYER)} and a layer from "
+                f"0 to {last}"
             )

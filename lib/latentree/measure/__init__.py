@@ -1,1 +1,1 @@
-"""What is measured: pure functions of a model and tokens, each tried on cases with known answers."""
+"""What is measured: pure functions of a model and tokens, each tried on known answers."""

@@ -23,9 +23,10 @@ class NotTrained(ValueError):
 class Workspace:
     """The folders of one notebook.
 
-    `out` is written to: figures, tables and results. `checkpoints` is read from, and trained into by
-    the notebooks that train; empty, it is that of the profile's run, outputs/PROFILE/checkpoints.
-    Relative folders are those of the project, wherever Jupyter was started.
+    `out` is written to: figures, tables and results. `checkpoints` is read from, and trained into
+    by the notebooks that train; empty, it is that of the profile's run,
+    outputs/PROFILE/checkpoints. Relative folders are those of the project, wherever Jupyter was
+    started.
     Raises NotTrained, which says what to do, unless there is a model of each of the corpora
     `trained` (names), with this seed.
     """
@@ -78,7 +79,7 @@ class Workspace:
             figures.write(shown, self._folder("figures") / f"{name}.png")
 
     def finish(self, claims) -> pd.DataFrame:
-        """Write the notebook's claims to out/results/NN.json, whole or not at all; the table of them.
+        """Write the claims to out/results/NN.json, whole or not at all; returns the table of them.
 
         Raises ValueError if two claims have the same id.
         """
@@ -100,8 +101,9 @@ class Workspace:
         folder = self.checkpoints / name / f"seed-{seed}"
         if not (folder / "run_card.json").exists():
             raise NotTrained(
-                f"{folder}: there is no trained model of {name}; run `make run PROFILE={self.profile}` "
-                "or notebook 02 first, or give the folder of another run as `checkpoints`"
+                f"{folder}: there is no trained model of {name}; run `make run "
+                f"PROFILE={self.profile}` or notebook 02 first, or give the folder of another run "
+                "as `checkpoints`"
             )
         return folder
 

@@ -1,4 +1,4 @@
-"""A training run's checkpoints: folders step-00000000, ... that transformers loads, by training step."""
+"""A run's checkpoints: folders step-00000000, ... that transformers loads, by training step."""
 
 import json
 import os

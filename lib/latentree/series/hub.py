@@ -199,8 +199,8 @@ class HubSeries:
         room = shutil.disk_usage(self._cache).free / 1e9
         if needed > room:
             raise ValueError(
-                f"{self._cache}: {needed:,.1f} GB are to be held at once, and its disk has room for "
-                f"{room:,.1f} GB; choose fewer revisions, set free=True, or set HF_HUB_CACHE"
+                f"{self._cache}: {needed:,.1f} GB are to be held at once, and its disk has room "
+                f"for {room:,.1f} GB; choose fewer revisions, set free=True, or set HF_HUB_CACHE"
             )
 
     def describe(self) -> pd.DataFrame:

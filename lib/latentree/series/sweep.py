@@ -1,4 +1,4 @@
-"""A measurement along training: every checkpoint of a series through one function, into one table."""
+"""A measurement along training: one function on every checkpoint of a series, into one table."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from latentree.data.files import write_text
 
 
 def sweep(series, measure, table, key=None, steps=None, device="cpu", **options) -> pd.DataFrame:
-    """Measure the checkpoints of a series, one in memory at a time; write the rows of all to `table`.
+    """Measure a series' checkpoints, one in memory at a time; write all rows to `table`.
 
     `series` has `steps`, `identity` and `load(step, device=..., **options)`; `steps` chooses some.
     `measure(model)` returns a table, to which a first column `step` is added.

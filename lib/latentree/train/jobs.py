@@ -1,4 +1,4 @@
-"""All trainings of a profile. On a CPU small models train fastest side by side, with one thread each.
+"""All trainings of a profile. On a CPU small models train fastest side by side, on one thread each.
 
 Notebook 02 trains in this way. On a cluster its trainings run outside of it, before it:
 

@@ -1,17 +1,10 @@
-"""Causal language models of transformers, built from a few numbers and a seed, with no pretrained weights."""
+"""Causal language models of transformers, built from a few numbers and a seed."""
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-# The architectures, each with what its config needs beside the sizes: here no dropout.
-ARCHITECTURES = {
-    "llama": {},
-    "olmo": {},
-    "olmo2": {},
-    "gpt_neox": {},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
+from latentree.inside.names import NAMES
 
 
 def build_model(
@@ -35,26 +28,28 @@ def build_model(
 
     The model takes tokens (batch, position) and returns logits (batch, position, vocabulary).
     """
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
+    if architecture not in NAMES:
+        known = ", ".join(NAMES)
         raise ValueError(f"architecture = {architecture!r}: is not known; choose one of {known}")
     if width % heads:  # some architectures would round the width of a head down
         raise ValueError(f"width = {width}: give a multiple of heads = {heads}")
-    mlp_name = "n_inner" if architecture == "gpt2" else "intermediate_size"
+    names = NAMES[architecture]
     settings = {
         "vocab_size": vocabulary_size,
         "num_hidden_layers": layers,
         "hidden_size": width,
         "num_attention_heads": heads,
         "max_position_embeddings": context,
-        mlp_name: mlp_width or 4 * width,
+        names.mlp_size: mlp_width or 4 * width,
         "tie_word_embeddings": False,
         "use_cache": False,
         "bos_token_id": end,
         "eos_token_id": end,
         "pad_token_id": None,
     }
-    settings |= ARCHITECTURES[architecture] | config
+    if hasattr(AutoConfig.for_model(architecture), "num_key_value_heads"):
+        settings["num_key_value_heads"] = heads
+    settings |= names.config | config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(

@@ -1,11 +1,11 @@
-"""AdamW for every parameter, or Muon for the hidden matrices and AdamW for the rest; the schedule."""
+"""AdamW for every parameter, or Muon for the hidden matrices; the learning rate's schedule."""
 
 import math
 from collections import defaultdict
 
 import torch
 
-# Coefficients of the quintic Newton-Schulz iteration: K. Jordan, "Muon" (2024), as in torch.optim.Muon.
+# Of the quintic Newton-Schulz iteration: K. Jordan, "Muon" (2024), as in torch.optim.Muon.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
@@ -71,7 +71,7 @@ def _orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
 class BatchedMuon(torch.optim.Muon):
     """torch's Muon, but matrices of equal shape are orthogonalised together, in float32.
 
-    torch takes them one by one in bfloat16: four times as slow for the small matrices here on a CPU.
+    torch takes them one by one in bfloat16: four times as slow for small matrices on a CPU.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Training a small causal model on a corpus: one loop, exact resume, checkpoints, losses in nats."""
+"""Training a small causal model on a corpus: one loop, exact resume, checkpoints, losses."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
 
 
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
-    """Train a model on `corpus` in `folder`; started again after any interruption, it goes on exactly.
+    """Train a model on `corpus` in `folder`; interrupted and started again, it goes on exactly.
 
     `held_out` is (sequences, context) tokens; `device` is auto, cpu or cuda; `tell(tokens)` is
     called after each step, by default to draw a bar.
@@ -110,7 +110,7 @@ def check_run(config, corpus, held_out, folder) -> dict:
     """The identity of a run: what is trained on what. ValueError if `folder` holds another run."""
     if held_out.shape[1] != config.context:
         raise ValueError(
-            f"held_out: has sequences of {held_out.shape[1]} tokens; give context = {config.context}"
+            f"held_out: has {held_out.shape[1]} tokens a sequence; give context = {config.context}"
         )
     tokens = held_out.cpu().long().numpy().tobytes()
     identity = {
