@@ -52,13 +52,15 @@ def code_of(name):
 
 
 def grammars_of(text):
-    """The grammar files whose names, or whose parents' names, stand in a text, and their own parents."""
-    named = set(re.findall(r"[\w-]+", text))
-    parent = {name: yaml.safe_load(file.read_text()).get("parent") for name, file in GRAMMARS.items()}
-    found = {name for name in GRAMMARS if named & {name, parent[name], name.rsplit("-", 1)[0]}}
-    while more := {parent[name] for name in found if parent[name]} - found:
-        found |= more
-    return [str(GRAMMARS[name]) for name in sorted(found)]
+    """The grammar files that a text names, with their controls and their parents."""
+    words = re.findall(r"[\w-]+", text)
+    wanted = [word + control for word in words for control in ("", "-flat", "-static", "-order3")]
+    files = set()
+    for name in wanted:
+        while name in GRAMMARS:
+            files.add(str(GRAMMARS[name]))
+            name = yaml.safe_load(GRAMMARS[name].read_text()).get("parent")
+    return sorted(files)
 
 
 def modules_of(code):
