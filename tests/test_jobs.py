@@ -53,7 +53,7 @@ def test_all_are_checked_before_one_starts(tmp_path):
     last = list(jobs)[-1]
     config, corpus, unseen = jobs[last]
     jobs[last] = config, corpus, unseen[:, :5]
-    with pytest.raises(ValueError, match="held_out: has sequences of 5 tokens"):
+    with pytest.raises(ValueError, match="held_out: has 5 tokens a sequence"):
         train_all(jobs)
     assert not list(tmp_path.iterdir())
 
