@@ -3,12 +3,12 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
 from latentree.data.files import read_yaml
@@ -134,53 +134,76 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
 
 
 class Stream:
-    """Training batches without end: each row is an endless lane of documents, cut into windows.
+    """Training batches without end, (rows, context) tokens each, cut from a corpus in windows.
 
-    Row b of a batch reads documents b, b + total_rows, b + 2 total_rows, ... of the corpus, packed
-    without a boundary mark; successive batches continue it. Which documents a row reads depends on
-    nothing but `total_rows`, so any number of processes, each with its own rows, sees the same
-    corpus.
+    Row b reads documents b, b + total_rows, b + 2 total_rows, ... of the corpus, one after the
+    other without a boundary mark. With packing `documents` each window begins with a document, the
+    next ones fill it up, and the one that its end cuts off begins the next window: all is read but
+    what a document says after its first `context` tokens. With packing `stream` windows follow each
+    other wherever they end. Which documents a row reads depends on nothing but `total_rows`, so any
+    number of processes, each with its own rows, sees the same corpus.
     """
 
-    def __init__(self, corpus, rows, context, device="cpu", first_row=0, total_rows=None):
+    def __init__(
+        self, corpus, rows, context, device="cpu", packing="documents", first_row=0, total_rows=None
+    ):
         self.corpus, self.rows, self.context, self.device = corpus, rows, context, device
-        self.first_row, self.total_rows = first_row, total_rows or rows
-        self._next = 0  # documents each row has read
-        self._hold([torch.empty(0, dtype=torch.int64)] * rows)
+        self.packing, self.total_rows = packing, total_rows or rows
+        self._row = first_row + torch.arange(rows)[:, None]
+        self.load_state_dict({"at": [(0, 0)] * rows})
 
     def next_batch(self):
         """The next (rows, context) tokens, int64."""
-        per_row = max(1, round(_REFILL / (self.rows * self.corpus.mean_document_length)))
-        while min(self._lengths) - self._used < self.context:
-            row = self.first_row + torch.arange(self.rows)[:, None]
-            place = row + (self._next + torch.arange(per_row)) * self.total_rows
-            ids = self.corpus.training_ids(place.flatten())
-            fresh = self.corpus.documents(ids, self.device, detail=False)
-            fresh = _rows(fresh.tokens, fresh.token["document"] // per_row)
-            self._hold([torch.cat(parts) for parts in zip(self._left(), fresh)])
-            self._next += per_row
-        batch = self._buffer[:, self._used : self._used + self.context]
-        self._used += self.context
-        return batch
-
-    def _hold(self, lanes):
-        """Have the tokens `lanes`, a tensor for each row, next."""
-        self._lengths, self._used = [len(lane) for lane in lanes], 0
-        self._buffer = pad_sequence(lanes, batch_first=True).to(self.device)
-
-    def _left(self):
-        """The tokens of each row that were not given out yet."""
-        lanes = zip(self._buffer, self._lengths)
-        return [lane[self._used : length] for lane, length in lanes]
+        if self._used == self._batches.shape[1]:
+            self._refill()
+        self._used += 1
+        return self._batches[:, self._used - 1]
 
     def state_dict(self):
-        """What is needed to go on exactly here: documents that each row has read, and the rest."""
-        return {"next": self._next, "left": [lane.clone() for lane in self._left()]}
+        """Where each row stands: the number of its document, and a place in that."""
+        return {"at": [begins[self._used] for begins in self._begins]}
 
     def load_state_dict(self, state):
         """Go on where the stream of these rows stood that gave `state`."""
-        self._next = state["next"]
-        self._hold([lane.to(self.device) for lane in state["left"]])
+        self._begins, self._used = [[at] for at in state["at"]], 0
+        self._batches = torch.empty(self.rows, 0, self.context, dtype=torch.int64)
+
+    def _refill(self):
+        """Sample the next documents of each row and cut them into windows, as many in each row."""
+        at = self.state_dict()["at"]
+        per_row, count = max(1, round(_REFILL / (self.rows * self.corpus.mean_document_length))), 0
+        while count == 0:
+            place = torch.tensor([document for document, _ in at])[:, None] + torch.arange(per_row)
+            ids = self.corpus.training_ids((self._row + place * self.total_rows).flatten())
+            documents = self.corpus.documents(ids, self.device, detail=False)
+            lengths = torch.bincount(documents.token["document"], minlength=len(ids))
+            ends = lengths.view(self.rows, per_row).cumsum(1).tolist()
+            cuts = [self._cut(row, begin) for row, (_, begin) in zip(ends, at)]
+            count = min(map(len, cuts)) - 1
+            per_row *= 2
+        lanes = documents.tokens.split([row[-1] for row in ends])
+        batches, self._begins, self._used = [], [], 0
+        for lane, cut, (first, _) in zip(lanes, cuts, at):
+            windows = torch.tensor([begin for begin, _, _ in cut[:count]], device=lane.device)
+            batches.append(lane[windows[:, None] + torch.arange(self.context, device=lane.device)])
+            self._begins.append([(first + document, place) for _, document, place in cut])
+        self._batches = torch.stack(batches)
+
+    def _cut(self, ends, begin):
+        """Where windows begin in documents with these ends, the one after the last included.
+
+        Each is (token, document, place in the document).
+        """
+        begins, document = [(begin, 0, begin)], 0
+        while begin + self.context <= ends[-1]:
+            begin += self.context
+            if self.packing == "documents":
+                document = max(document + 1, bisect_right(ends, begin))
+                begin = ends[document - 1]
+            else:
+                document = bisect_right(ends, begin)
+            begins.append((begin, document, begin - (ends[document - 1] if document else 0)))
+        return begins
 
 
 def _rows(field, row):

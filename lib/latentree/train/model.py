@@ -21,10 +21,10 @@ def build_model(
 ) -> PreTrainedModel:
     """A freshly initialised causal model, in float32 on the CPU, with untied embeddings.
 
-    `context` is the longest sequence in tokens; `mlp_width` is 4 `width` unless given; `end` is the
-    token id that closes a sentence (none: None). Anything in `config` goes to the architecture's
-    config as it is (`initializer_range=0.02`, say). The weights depend on `seed` alone, and the
-    caller's random state is left as it was.
+    `context` is the longest sequence in tokens; `mlp_width` is 4 `width` unless given, and 0 for
+    attention only; `end` is the token id that closes a sentence (none: None). Anything in `config`
+    goes to the architecture's config as it is (`initializer_range=0.02`, say). The weights depend
+    on `seed` alone, and the caller's random state is left as it was.
 
     The model takes tokens (batch, position) and returns logits (batch, position, vocabulary).
     """
@@ -40,7 +40,7 @@ def build_model(
         "hidden_size": width,
         "num_attention_heads": heads,
         "max_position_embeddings": context,
-        names.mlp_size: mlp_width or 4 * width,
+        names.mlp_size: 4 * width if mlp_width is None else mlp_width,
         "tie_word_embeddings": False,
         "use_cache": False,
         "bos_token_id": end,

@@ -13,7 +13,9 @@ _ITERATIONS = 5
 def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
     """The optimizers of a `TrainingConfig`; each group keeps the rate it peaks at under "peak".
 
-    Weight decay applies to matrices and embeddings, not to gains and biases.
+    Muon has a rate of its own for the matrices of queries and keys; where an architecture keeps
+    them in one matrix with the values, that has Muon's common rate. Weight decay applies to
+    matrices and embeddings, not to gains and biases.
     """
     muon = hidden_matrices(model) if config.optimizer == "muon" else []
     taken = {id(matrix) for matrix in muon}
@@ -27,8 +29,23 @@ def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
     # One fused kernel for all parameters: a third of the time of the loop over them on a CPU.
     optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
     if muon:
-        rate, decay = config.muon_learning_rate, config.weight_decay
-        optimizers.append(BatchedMuon(muon, lr=rate, weight_decay=decay))
+        attending = {
+            id(matrix)
+            for name, matrix in model.named_parameters()
+            if name.endswith(("q_proj.weight", "k_proj.weight"))
+        }
+        groups = [
+            {"params": [p for p in muon if id(p) not in attending]},
+            {"params": [p for p in muon if id(p) in attending], "lr": config.query_key_rate},
+        ]
+        optimizers.append(
+            BatchedMuon(
+                [group for group in groups if group["params"]],
+                lr=config.muon_learning_rate,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+            )
+        )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -45,17 +62,15 @@ def hidden_matrices(model) -> list[torch.nn.Parameter]:
     return [p for p in matrices if id(p) not in outside]
 
 
-def rate_share(step: int, steps: int, warmup: float, schedule: str) -> float:
+def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
     """Share of the peak learning rate at step `step` (from 0) of `steps`.
 
-    It rises linearly over the first `warmup` (a fraction) of the steps, is 1 at the last of them,
-    and then falls, linearly or as half a cosine, to the 0 that step `steps` would have.
+    It rises linearly over the first `warmup` (a fraction) of the steps, is 1 from the last of them
+    on, and falls linearly over the last `decay` (a fraction) to the 0 that step `steps` would have.
     """
-    warm = round(warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    gone = (step - warm) / (steps - warm)
-    return 1 - gone if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * gone))
+    rising = (step + 1) / max(1, round(warmup * steps))
+    falling = (steps - step) / max(1, round(decay * steps))
+    return min(1.0, rising, falling)
 
 
 def _orthogonalised(matrices: torch.Tensor) -> torch.Tensor:

@@ -34,21 +34,24 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     """Everything that decides how a model is trained. ValueError for a setting that cannot be."""
 
     architecture: str = "llama"
-    layers: PositiveInt = 4
+    layers: PositiveInt = 2
     width: PositiveInt = 64  # of the residual stream
     heads: PositiveInt = 4
-    mlp_width: PositiveInt | None = None  # 4 width if none
+    mlp_width: NonNegativeInt = 128  # 0: attention only
     context: int = Field(128, ge=2)  # tokens a sequence
-    batch_sequences: PositiveInt = 32  # sequences a step, over all processes
-    tokens: PositiveInt = 3_000_000  # trained on in all, rounded up to whole steps
+    batch_sequences: PositiveInt = 16  # sequences a step, over all processes
+    packing: Literal["documents", "stream"] = "documents"  # where a window begins
+    tokens: PositiveInt = 1_200_000  # trained on in all, rounded up to whole steps
     optimizer: Literal["adamw", "muon"] = "muon"
-    learning_rate: PositiveFloat = 3.0e-3  # AdamW's peak
-    muon_learning_rate: PositiveFloat = 1.0e-2  # Muon's peak
+    learning_rate: PositiveFloat = 0.03  # AdamW's peak: Muon leaves it embeddings and gains
+    muon_learning_rate: PositiveFloat = 0.007  # Muon's peak
+    query_key_rate: PositiveFloat = 0.014  # Muon's peak for the matrices of queries and keys
+    muon_momentum: float = Field(0.85, ge=0, lt=1)
     weight_decay: NonNegativeFloat = 0.0
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    warmup: float = Field(0.05, ge=0, lt=1)  # fraction of the steps
-    schedule: Literal["linear", "cosine"] = "linear"
+    warmup: float = Field(0.03, ge=0, lt=1)  # fraction of the steps
+    decay: float = Field(0.6, ge=0, le=1)  # fraction of the steps, at the end
     gradient_clip: PositiveFloat = 1.0  # largest norm of the gradient
     checkpoints_even: NonNegativeInt = 10
     checkpoints_log: NonNegativeInt = 10
@@ -149,8 +152,16 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
             f"batch_sequences = {config.batch_sequences}: does not divide over "
             f"{accelerator.num_processes} processes; give a multiple of them"
         )
-    first, device = rows * accelerator.process_index, accelerator.device
-    stream = Stream(corpus, rows, config.context, device, first, config.batch_sequences)
+    device = accelerator.device
+    stream = Stream(
+        corpus,
+        rows,
+        config.context,
+        device,
+        config.packing,
+        first_row=rows * accelerator.process_index,
+        total_rows=config.batch_sequences,
+    )
     model = build_model(
         vocabulary_size=corpus.vocabulary_size, seed=config.seed, end=corpus.end, **config.sizes()
     )
@@ -178,7 +189,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         _record(run, config, accelerator, model, held_out, folder)
 
     while run.step < config.steps:
-        share = rate_share(run.step, config.steps, config.warmup, config.schedule)
+        share = rate_share(run.step, config.steps, config.warmup, config.decay)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
