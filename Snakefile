@@ -25,7 +25,7 @@ NOTEBOOKS = {
     "08_theory_sanity_checks": [],
 }
 LIGHT = {"01_grammar_design"}  # needs no GPU
-FIRST = ["01", "02", "06", "03", "04", "05", "08", "07"]  # started in this order: the longest early, so that others fill the other cores
+FIRST = ["02", "06", "03", "04", "05", "08", "07", "01"]  # started in this order: the longest early, so that others fill the other cores
 
 PROFILE = config.get("profile", "laptop")
 if not Path(f"params/{PROFILE}").is_dir():
@@ -36,8 +36,9 @@ CORES = workflow.cores or 2  # a cluster does not say how many it has
 SLURM = {f"slurm_{name}": config[name] for name in ("account", "partition") if name in config}
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
-# With GPUs each training of notebook 02 is a job of its own, so that a cluster runs them in parallel; 02 finds them finished.
-TRAINED = yaml.safe_load(Path(f"params/{PROFILE}/02_training.yaml").read_text()) if GPUS else {"corpora": [], "seeds": []}
+# On CPUs all trainings of all notebooks run in one pool, before the notebooks. With GPUs each training of notebook 02 is a job of its
+# own, so that a cluster runs them in parallel, and the other notebooks train by themselves.
+POOL = f"{OUT}/.trainings.done"
 CARD = f"{OUT}/checkpoints/{{corpus}}/seed-{{seed}}/run_card.json"
 GRAMMARS = {file.stem: file for file in sorted(Path("params/grammars").glob("*.yaml"))}
 
@@ -49,6 +50,16 @@ def stamp(name):
 def code_of(name):
     cells = json.loads(Path(f"notebooks/{name}.ipynb").read_text())["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def cards():
+    """The trainings of notebook 02."""
+    values = yaml.safe_load(Path(f"params/{PROFILE}/02_training.yaml").read_text())
+    found = []
+    for corpus in values["corpora"]:
+        seeds = values["seeds"][:1] if corpus in values.get("once", []) else values["seeds"]
+        found += expand(CARD, corpus=corpus, seed=seeds)
+    return found
 
 
 def grammars_of(text):
@@ -99,6 +110,23 @@ rule all:
     default_target: True
 
 
+rule trainings:
+    input:
+        notebooks=[f"notebooks/{name}.ipynb" for name in HERE],
+        params=[f"params/{PROFILE}/{name}.yaml" for name in HERE],
+        grammars=sorted(map(str, GRAMMARS.values())),
+        modules=modules_of("from latentree.run import trainings"),
+    output:
+        touch(POOL),
+    threads: CORES
+    params:
+        python=sys.executable,
+        profile=f"params/{PROFILE}",
+        out=OUT,
+    shell:
+        "exec {params.python:q} -m latentree.run.trainings --params {params.profile:q} --out {params.out:q}"
+
+
 rule train:
     input:
         params=f"params/{PROFILE}/02_training.yaml",
@@ -112,10 +140,11 @@ rule train:
     params:
         python=sys.executable,
         launch=f"-m accelerate.commands.launch --num_processes {GPUS}" if GPUS > 1 else "",
+        profile=f"params/{PROFILE}",
         out=OUT,
     shell:
-        "{params.python:q} {params.launch} -m latentree.train.jobs --params {input.params:q}"
-        " --out {params.out:q} --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
+        "{params.python:q} {params.launch} -m latentree.run.trainings --params {params.profile:q} --out {params.out:q}"
+        " --notebook 02_training --corpus {wildcards.corpus:q} --seed {wildcards.seed}"
 
 
 for name, after in HERE.items():
@@ -127,14 +156,14 @@ for name, after in HERE.items():
             name
         input:
             after=[stamp(other) for other in after],
-            trained=expand(CARD, corpus=TRAINED["corpora"], seed=TRAINED["seeds"]) if name == "02_training" else [],
+            pool=[] if GPUS or name == "01_grammar_design" else ancient(POOL),
+            trained=cards() if GPUS and name == "02_training" else [],
             notebook=f"notebooks/{name}.ipynb",
             params=settings,
             others=grammars_of(code + Path(settings).read_text()) + modules_of(code),
         output:
             touch(stamp(name)),
-        # 02 trains many models side by side, and nothing may hold a core that it waits for; the others run side by side
-        threads: CORES if name[:2] in ("01", "02") else max(1, CORES // 2)
+        threads: max(1, CORES // 2)  # two run side by side
         resources:
             gpu=0 if name in LIGHT else min(GPUS, 1),
             **SLURM,

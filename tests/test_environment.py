@@ -80,7 +80,7 @@ ROOMS = {
     "series": {"data", "inside"},
     "train": {"data", "series", "inside"},
     "measure": {"data", "exact", "series", "train", "inside", "evidence"},
-    "run": {"data", "series", "evidence"},
+    "run": {"data", "series", "evidence", "train"},
 }
 
 

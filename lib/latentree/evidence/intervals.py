@@ -1,6 +1,7 @@
 """Intervals over independent units (sequences, documents, seeds); tests of paired differences."""
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import stats
 
@@ -28,6 +29,29 @@ def t_interval(values, level=0.95):
         return mean, float("nan"), float("nan")
     reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
     return mean, mean - reach, mean + reach
+
+
+def over_seeds(table: pd.DataFrame, keys: list, spread: str = "range") -> pd.DataFrame:
+    """Rows that agree in `keys` and differ in `seed` as one row: the means of their numbers.
+
+    `low` and `high` are the `range` over seeds, or with spread `t` their 95 % interval by Student's
+    t, and column `over` says `seeds`; where a row has fewer than three seeds they stay as they
+    were, over sequences, and it is the first seed's.
+    """
+    numbers = table.select_dtypes("number").columns.difference(["seed", *keys])
+    groups, first = table.groupby(keys, sort=False), table.drop_duplicates(keys).set_index(keys)
+    seeds = groups["seed"].nunique()
+    several, values = seeds[seeds >= 3].index, groups["value"]
+    found = first.assign(over="sequences", seeds=seeds)
+    found[numbers] = found[numbers].astype(float)
+    found.loc[several, numbers] = groups[numbers].mean().loc[several]
+    found.loc[several, "over"] = "seeds"
+    reach = values.sem() * stats.t.ppf(0.975, seeds - 1)
+    low, high = values.min(), values.max()
+    if spread == "t":
+        low, high = values.mean() - reach, values.mean() + reach
+    found.loc[several, "low"], found.loc[several, "high"] = low.loc[several], high.loc[several]
+    return found.drop(columns="seed").reset_index()
 
 
 def ratio(sums, counts):

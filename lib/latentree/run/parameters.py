@@ -10,13 +10,13 @@ from pydantic import BaseModel, ValidationError, create_model, model_validator
 # The same name means the same in every notebook.
 _CHOICES = {
     "optimizer": Literal["adamw", "muon"],
-    "schedule": Literal["linear", "cosine"],
+    "packing": Literal["documents", "stream"],
     "device": Literal["auto", "cpu", "cuda"],
     "precision": Literal["float32", "bfloat16"],
     "spacing": Literal["even", "log"],
 }
-_MAY_BE_0 = {"seed", "seeds", "corpus_seed", "tokens_per_step"}
-_MAY_BE_EMPTY = {"state"}
+_MAY_BE_0 = {"seed", "seeds", "corpus_seed", "mlp_width", "tokens_per_step"}
+_MAY_BE_EMPTY = {"state", "once"}
 
 
 class Parameters(

@@ -6,11 +6,13 @@ from pathlib import Path
 import pandas as pd
 
 from latentree.data.corpus import load_corpus
-from latentree.data.files import write_text
+from latentree.data.files import read_yaml, write_text
 from latentree.evidence import figures
 from latentree.evidence.claims import claims_table
+from latentree.run.parameters import check, declared
 from latentree.run.record import output_folder, project_root, version_of
-from latentree.series.checkpoints import LocalSeries
+from latentree.series.checkpoints import LocalSeries, seed_folder
+from latentree.train.training import CARD, TrainingConfig
 
 
 class NotTrained(ValueError):
@@ -27,8 +29,6 @@ class Workspace:
     by the notebooks that train; empty, it is that of the profile's run,
     outputs/PROFILE/checkpoints. Relative folders are those of the project, wherever Jupyter was
     started.
-    Raises NotTrained, which says what to do, unless there is a model of each of the corpora
-    `trained` (names), with this seed.
     """
 
     def __init__(
@@ -38,29 +38,44 @@ class Workspace:
         out: str,
         checkpoints="",
         grammars="params/grammars",
-        trained=(),
-        seed=0,
     ):
-        root = project_root()
+        self._root = root = project_root()
         self.notebook, self.profile = notebook, profile
         self.out = root / out
         self.checkpoints = root / (checkpoints or output_folder(profile) / "checkpoints")
         self.grammars = root / grammars
         pd.set_option("display.max_colwidth", None)  # statements are read, not glanced at
         figures.set_style()
-        for name in trained:
-            self._run_folder(name, seed)
 
     def corpus(self, name: str, seed: int = 0):
         """The corpus of the grammar file NAME.yaml, with this seed."""
         return load_corpus(name, self.grammars, seed)
 
-    def series(self, corpus, seed: int = 0) -> LocalSeries:
+    def recipe(self, **changes) -> dict:
+        """How notebook 02 trains its models in this profile, some settings changed.
+
+        A dict of the settings of a TrainingConfig, for `train.jobs.plan`.
+        """
+        given = read_yaml(self._root / f"params/{self.profile}/02_training.yaml")
+        values = check(given, declared(self._root / "notebooks/02_training.ipynb"))
+        counts = dict.fromkeys(("checkpoints_even", "checkpoints_log"), values["checkpoint_count"])
+        left = {"tokens", "seed"}
+        known = {
+            name: values[name] for name in set(TrainingConfig.model_fields) & set(values) - left
+        }
+        return known | counts | changes
+
+    def needs(self, corpora, seed: int = 0) -> None:
+        """Raise NotTrained, which says what to do, unless each of the corpora has its model."""
+        for name in corpora:
+            self._run_folder(name, seed)
+
+    def series(self, corpus, seed: int = 0, variant: str = "") -> LocalSeries:
         """The checkpoints of the model trained on a corpus with this seed.
 
         Raises NotTrained if there is none, and ValueError if it was trained on another grammar.
         """
-        folder = self._run_folder(corpus.name, seed)
+        folder = self._run_folder(corpus.name, seed, variant)
         series = LocalSeries(folder)
         theirs = series.identity.get("grammar")
         if theirs != corpus.digest:
@@ -69,6 +84,17 @@ class Workspace:
                 f"{corpus.digest}); train again in another folder, or restore the grammar file"
             )
         return series
+
+    def all_series(self, corpus, seeds, variant: str = "") -> dict:
+        """{seed: series} of those of the `seeds` with which a model was trained on a corpus.
+
+        Raises NotTrained if there is none with the first of them.
+        """
+        found = {seeds[0]: self.series(corpus, seeds[0], variant)}
+        for seed in seeds[1:]:
+            if (self._folder_of(corpus.name, seed, variant) / CARD).exists():
+                found[seed] = self.series(corpus, seed, variant)
+        return found
 
     def save(self, shown, name: str) -> None:
         """Write a figure to out/figures/NAME.png, or a DataFrame to out/tables/NAME.csv."""
@@ -97,9 +123,12 @@ class Workspace:
         write_text(self._folder("results") / f"{number}.json", text + "\n")
         return claims_table(claims)
 
-    def _run_folder(self, name: str, seed: int) -> Path:
-        folder = self.checkpoints / name / f"seed-{seed}"
-        if not (folder / "run_card.json").exists():
+    def _folder_of(self, name: str, seed: int, variant: str = "") -> Path:
+        return self.checkpoints / name / seed_folder(seed, variant)
+
+    def _run_folder(self, name: str, seed: int, variant: str = "") -> Path:
+        folder = self._folder_of(name, seed, variant)
+        if not (folder / CARD).exists():
             raise NotTrained(
                 f"{folder}: there is no trained model of {name}; run `make run "
                 f"PROFILE={self.profile}` or notebook 02 first, or give the folder of another run "

@@ -22,6 +22,11 @@ def checkpoint_steps(total_steps: int, evenly: int, log_spaced: int) -> list[int
     return sorted({0, total_steps} | even | log)
 
 
+def seed_folder(seed: int, variant: str = "") -> str:
+    """The name of the folder of one training: seed-0, or for another kind of model KIND-seed-0."""
+    return f"{variant}-seed-{seed}".removeprefix("-")
+
+
 def save_checkpoint(model, run: Path, step: int) -> None:
     """Write `model` as checkpoint `step` of the run in the folder `run`: whole or not at all."""
     partial, folder = run / f"{_PARTIAL}step", run / f"step-{step:08d}"

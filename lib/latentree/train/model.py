@@ -1,5 +1,7 @@
 """Causal language models of transformers, built from a few numbers and a seed."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -50,7 +52,8 @@ def build_model(
     if hasattr(AutoConfig.for_model(architecture), "num_key_value_heads"):
         settings["num_key_value_heads"] = heads
     settings |= names.config | config
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
             AutoConfig.for_model(architecture, **settings),

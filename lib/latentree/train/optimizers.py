@@ -19,7 +19,7 @@ def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
     """
     muon = hidden_matrices(model) if config.optimizer == "muon" else []
     taken = {id(matrix) for matrix in muon}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    rest = [p for p in _trained(model) if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -58,8 +58,12 @@ def hidden_matrices(model) -> list[torch.nn.Parameter]:
     for part in model.modules():
         if isinstance(part, torch.nn.Embedding):
             outside.add(id(part.weight))
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
-    return [p for p in matrices if id(p) not in outside]
+    return [p for p in _trained(model) if p.ndim == 2 and id(p) not in outside]
+
+
+def _trained(model) -> list[torch.nn.Parameter]:
+    """The parameters that training changes; an MLP of width 0 has only empty ones."""
+    return [p for p in model.parameters() if p.requires_grad and p.numel()]
 
 
 def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:

@@ -1,0 +1,170 @@
+"""What each part of the training recipe is worth, and whether it holds where it was not chosen.
+
+    python bench/recipe.py             each part changed alone, one seed each
+    python bench/recipe.py elsewhere   other corpora, corpus seeds and model seeds
+
+A training reaches the criterion when the best head's look-up before a verb or an object is .5 (chosen on
+one half of the held-out sequences, scored on the other) and the loss where the answer stands is
+.6 nats. Prints a Markdown table; trainings run side by side on one thread each.
+"""
+
+import multiprocessing
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import torch
+from latentree.data.corpus import held_out, load_corpus
+from latentree.data.two_level import TwoLevel
+from latentree.exact import two_level
+from latentree.exact.predictors import held_out_with_references
+from latentree.exact.reader import reader_losses
+from latentree.measure.lookup import look_ups, measure
+from latentree.series.checkpoints import LocalSeries
+from latentree.train.jobs import usable_cores
+from latentree.train.training import TrainingConfig, evaluate, train
+from tqdm.auto import tqdm
+
+EVERY = 50_000  # tokens between checkpoints
+SEQUENCES = 128  # held out
+CONSTANT = {"tokens": 800_000, "decay": 0.0}  # tokens to the criterion depend on no schedule
+BEFORE = {
+    "layers": 4,
+    "heads": 2,
+    "mlp_width": 256,
+    "batch_sequences": 32,
+    "packing": "stream",
+    "learning_rate": 0.005,
+    "muon_learning_rate": 0.005,
+    "query_key_rate": 0.005,
+    "muon_momentum": 0.95,
+}
+CHANGES = {
+    "the recipe": {},
+    "windows anywhere in the text": {"packing": "stream"},
+    "32 sequences a step": {"batch_sequences": 32},
+    "AdamW's rate .005": {"learning_rate": 0.005},
+    "one rate for all of Muon": {"query_key_rate": 0.007},
+    "Muon's momentum .95": {"muon_momentum": 0.95},
+    "2 heads": {"heads": 2},
+    "4 layers": {"layers": 4},
+    "attention only": {"mlp_width": 0},
+    "windows of 192 tokens": {"context": 192, "batch_sequences": 11},
+    "the settings before": BEFORE,
+}
+ELSEWHERE = [
+    *[("bound", data, seed, {}) for data in (1, 2, 3, 4) for seed in (5, 6, 7, 8, 9)],
+    *[("bound", 0, seed, {"mlp_width": 0}) for seed in (0, 1, 2)],
+    *[(name, 0, 0, {}) for name in ("bound-flat", "bound-static", "bound-order3")],
+    *[("sectioned", 0, seed, {}) for seed in (0, 1, 2)],
+    *[("released-small", 0, seed, {"tokens": 3_000_000}) for seed in (0, 1, 2)],
+    *[("released-small", 0, seed, {"tokens": 3_000_000, "mlp_width": 0}) for seed in (0, 1, 2)],
+    *[("two-level", 0, seed, {}) for seed in (0, 1, 2)],
+]
+
+
+def trial(name, corpus_seed, seed, changes):
+    """One training: (tokens to the criterion or NaN, seconds of the processor to it, final loss)."""
+    torch.set_num_threads(1)
+    corpus = corpus_of(name, corpus_seed)
+    config = TrainingConfig(seed=seed, checkpoints_log=0, **changes)
+    config = config.model_copy(update={"checkpoints_even": round(config.tokens / EVERY)})
+    unseen = held_out(corpus, SEQUENCES, config.context)["tokens"]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        train(config, corpus, unseen, Path(folder, "run"), "cpu", tell=lambda tokens: None)
+        spent = time.process_time() - start
+        series = LocalSeries(Path(folder, "run"))
+        reached = None
+        if corpus.grammar and corpus.grammar.file.binding:
+            reached = criterion(series, look_ups(corpus, SEQUENCES, config.context))
+        loss = float(evaluate(series.load(series.steps[-1]), unseen).mean())
+    tokens = reached * config.step_tokens if reached else float("nan")
+    return tokens, spent * tokens / config.tokens, loss
+
+
+def corpus_of(name, seed):
+    """A corpus by name; two-level is the process of the paper's theory."""
+    return TwoLevel(seed=seed) if name == "two-level" else load_corpus(name, seed=seed)
+
+
+def criterion(series, shown):
+    """The first step at which a series of checkpoints reaches the criterion, or None."""
+    for step in series.steps[1:]:
+        table = measure(series.load(step), shown).set_index(["kind", "score", "variant"]).value
+        direct = [kind for kind in shown.kinds if "past" not in kind]
+        best = max(table[kind, "look-up", "best"] for kind in direct)
+        if best >= 0.5 and table["all", "loss", "stands"] <= 0.6:
+            return step
+    return None
+
+
+def known_losses(name, corpus_seed, context):
+    """Exact losses on the held-out sequences: without latents, and of the best reader there is.
+
+    For `sectioned`, whose ideal reader is not known, of the predictor that knows its latents; for
+    the two-level process, without any earlier token.
+    """
+    corpus = corpus_of(name, corpus_seed)
+    if name == "two-level":
+        tokens = held_out(corpus, SEQUENCES, context)["tokens"]
+        nothing = torch.zeros(tokens.shape, dtype=torch.bool)
+        both = [two_level.losses(corpus, tokens, seen) for seen in (nothing, None)]
+    else:
+        rows = held_out_with_references(corpus, SEQUENCES, context)
+        best = rows["latent_aware"]
+        if name != "sectioned":
+            best = reader_losses(corpus, rows, rows["role_loss"])
+        both = [rows["syntax_only"], best]
+    return [float(losses[:, 1:].mean()) for losses in both]
+
+
+def side_by_side(work, tasks):
+    """[work(*task), ...], on as many processes as there are cores to use."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(usable_cores(), context) as pool:
+        futures = [pool.submit(work, *task) for task in tasks]
+        return [future.result() for future in tqdm(futures, unit=" trainings")]
+
+
+def ablations():
+    """The table of each part of the recipe changed alone."""
+    tasks = [("bound", 0, 0, CONSTANT | change) for change in CHANGES.values()]
+    rows = []
+    for name, (tokens, seconds, loss) in zip(CHANGES, side_by_side(trial, tasks)):
+        rows.append([name, tokens / 1e6, seconds, loss])
+    columns = ["changed", "M tokens to the criterion", "seconds of a core", "loss at .8M"]
+    return pd.DataFrame(rows, columns=columns).round(3)
+
+
+def elsewhere():
+    """The table of corpora and seeds that the recipe was not chosen on."""
+    rows = []
+    for task, result in zip(ELSEWHERE, side_by_side(trial, ELSEWHERE)):
+        rows.append([task[0], task[1], task[3].get("mlp_width", 128), *result])
+    columns = ["corpus", "corpus seed", "MLP", "tokens", "seconds", "loss"]
+    table = pd.DataFrame(rows, columns=columns)
+    table["share of the reader's gain"] = float("nan")
+    for (name, seed), part in table.groupby(["corpus", "corpus seed"]):
+        without, reader = known_losses(name, seed, 128)
+        table.loc[part.index, "share of the reader's gain"] = (without - part.loss) / (
+            without - reader
+        )
+    return table
+
+
+def main():
+    if sys.argv[1:] == ["elsewhere"]:
+        table = elsewhere()
+        print(table.round(3).to_markdown(index=False))
+        table = table.drop(columns="corpus seed").groupby(["corpus", "MLP"], sort=False)
+        print(table.agg(["median", "min", "max", "count"]).round(3).T.to_markdown())
+    else:
+        print(ablations().to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    main()
