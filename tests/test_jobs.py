@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -12,10 +13,12 @@ import pytest
 import yaml
 from latentree.data.corpus import held_out, load_corpus
 from latentree.data.two_level import TwoLevel
+from latentree.run.trainings import main, planned
 from latentree.series.checkpoints import LocalSeries
-from latentree.train.jobs import main, plan, train_all
+from latentree.train.jobs import plan, train_all, usable_cores
 from latentree.train.training import CARD, STATE, TrainingConfig, train
 
+ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}
 SMALL |= {"checkpoints_even": 1, "checkpoints_log": 0}
 
@@ -83,9 +86,11 @@ def test_trainings_end_when_the_process_that_started_them_is_killed(tmp_path):
 
 
 TINY = {
+    "profile": "smoke",
     "corpora": ["bound", "bound-flat"],
+    "once": ["bound-flat"],
     "tokens": [40 * 4 * 32, 512],
-    "seeds": [0, 1],
+    "seeds": [1, 0],
     "layers": 1,
     "width": 16,
     "heads": 2,
@@ -97,9 +102,9 @@ TINY = {
 
 
 def command(folder, *more, **changes):
-    """The arguments of `python -m latentree.train.jobs`, with a parameter file in `folder`."""
-    (folder / "params.yaml").write_text(yaml.safe_dump(TINY | changes))
-    return ["--params", str(folder / "params.yaml"), "--out", str(folder), *more]
+    """The arguments of `python -m latentree.run.trainings`, with a parameter file in `folder`."""
+    (folder / "02_training.yaml").write_text(yaml.safe_dump(TINY | changes))
+    return ["--params", str(folder), "--out", str(folder), *more]
 
 
 def test_one_of_several_trainings_is_started_with_its_own_settings(tmp_path):
@@ -109,20 +114,44 @@ def test_one_of_several_trainings_is_started_with_its_own_settings(tmp_path):
     identity = LocalSeries(card.parent).identity
     config = TrainingConfig.like(identity)
     assert (config.tokens, config.seed, config.width) == (512, 1, 16)
-    assert config.learning_rate == 0.005  # the notebook's own
+    assert config.learning_rate == 0.03  # the notebook's own
     assert identity["grammar"] == load_corpus("bound-flat").digest
     assert TrainingConfig.like(identity, seed=3) == config.model_copy(update={"seed": 3})
 
 
 def test_a_misspelt_parameter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"params.yaml: \['layer'\] are no parameters"):
+    with pytest.raises(ValueError, match="layer is not a parameter of this notebook"):
         main(command(tmp_path, layer=3))
+
+
+def test_a_pool_holds_what_every_notebook_trains_and_no_model_twice():
+    jobs, out = {}, Path("/nowhere")
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        params = ROOT / f"params/smoke/{notebook.stem}.yaml"
+        found = planned(notebook, params, out)
+        assert not set(found) & set(jobs)
+        jobs |= found
+    under = {str(folder.relative_to(out / "checkpoints")) for folder in jobs}
+    bound = ["seed-0", "seed-1", "seed-2", "layers-3-seed-0", "olmo-seed-0"]
+    assert {f"bound/{name}" for name in bound} | {"released-ngram/seed-0"} <= under
+    assert "released-ngram/seed-1" not in under  # trained once
+    assert {"sectioned/seed-1", "nested/seed-1", "toy-matched-flat/seed-1"} <= under
+    layers = {folder.parts[-2:]: config.layers for folder, (config, _, _) in jobs.items()}
+    assert layers["bound", "layers-3-seed-0"] == 3 and layers["bound", "seed-0"] == 2
+
+
+def test_as_many_at_once_as_there_are_cores_to_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 5}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert usable_cores() == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert usable_cores() == 2
 
 
 def in_two_processes(folder):
     """What accelerate launch starts on two GPUs, on CPUs."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    module = ["-m", "latentree.train.jobs", *command(folder, "--corpus", "bound", "--seed", "0")]
+    module = ["-m", "latentree.run.trainings", *command(folder, "--corpus", "bound", "--seed", "0")]
     return subprocess.Popen(launch + module, stderr=subprocess.PIPE, text=True)
 
 

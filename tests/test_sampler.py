@@ -262,18 +262,22 @@ def test_released_ngram_losses_are_those_of_its_own_draws():
 # ---------------------------------------------------------------------- training and held-out
 
 
+@pytest.mark.parametrize("packing", ["documents", "stream"])
 @pytest.mark.parametrize("name", ["released-small", "bound-order3"])
-def test_stream_is_the_same_for_any_sharding_and_resumes_exactly(name):
+def test_stream_is_the_same_for_any_sharding_and_resumes_exactly(name, packing):
     corpus, rows, context = load_corpus(name), 4, 50
-    whole = Stream(corpus, rows, context)
-    halves = [Stream(corpus, 2, context, first_row=first, total_rows=rows) for first in (0, 2)]
+    whole = Stream(corpus, rows, context, packing=packing)
+    halves = []
+    for first in (0, 2):
+        part = {"packing": packing, "first_row": first, "total_rows": rows}
+        halves.append(Stream(corpus, 2, context, **part))
     for step in range(8):
         batch = whole.next_batch()
         assert batch.shape == (rows, context) and batch.min() >= 0
         assert torch.equal(batch, torch.cat([half.next_batch() for half in halves]))
         if step == 2:
             state = whole.state_dict()
-    resumed = Stream(corpus, rows, context)
+    resumed = Stream(corpus, rows, context, packing=packing)
     resumed.load_state_dict(state)
     for _ in range(3, 8):
         last = resumed.next_batch()
@@ -282,11 +286,32 @@ def test_stream_is_the_same_for_any_sharding_and_resumes_exactly(name):
 
 def test_stream_rows_are_documents_end_to_end():
     corpus = load_corpus("bound")
-    stream = Stream(corpus, 3, 64)
+    stream = Stream(corpus, 3, 64, packing="stream")
     text = torch.cat([stream.next_batch() for _ in range(10)], 1)
     for row in range(3):
         documents = corpus.documents([row, row + 3, row + 6, row + 9, row + 12]).tokens
         assert torch.equal(text[row], documents[: text.shape[1]])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 5), context=st.integers(20, 300))
+def test_packed_by_documents_windows_begin_documents_and_leave_out_only_long_tails(seed, context):
+    corpus = load_corpus("bound", seed=seed)
+    stream = Stream(corpus, 1, context)
+    text = torch.cat([stream.next_batch() for _ in range(40)])
+    number = 0  # of the document that the next window must begin with
+    for window in text:
+        ids = torch.arange(number, number + context)
+        documents = corpus.documents(ids)
+        assert torch.equal(window, documents.tokens[:context])
+        ends = torch.bincount(documents.token["document"]).cumsum(0)
+        number += max(1, int((ends <= context).sum()))  # those that are whole are not read again
+
+
+def test_a_document_that_fits_no_refill_is_read_all_the_same():
+    corpus = load_corpus("bound")
+    long = Stream(corpus, 1, 400_000, packing="stream").next_batch()
+    assert long.shape == (1, 400_000)
 
 
 def test_documents_that_share_latents_are_shuffled_apart():

@@ -102,11 +102,11 @@ def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tm
     told = planned.stdout + planned.stderr
     job = r"rule train:.*?wildcards: corpus=([\w-]+), seed=(\d)\n.*?resources: ([^\n]*)"
     trainings = re.findall(job, told, re.DOTALL)
-    assert len(trainings) == 21 and len(set(trainings)) == 21
+    assert len(trainings) == 17 and len(set(trainings)) == 17
     needed = ("gpu=2", "slurm_account=ours", "slurm_partition=a100", "runtime=240")
     assert all(need in needs for *_, needs in trainings for need in needed)
-    launch = "accelerate.commands.launch --num_processes 2 -m latentree.train.jobs"
-    assert told.count(launch) == 21
+    launch = "accelerate.commands.launch --num_processes 2 -m latentree.run.trainings"
+    assert told.count(launch) == 17
     notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told)[1]
-    assert notebook.count("run_card.json") == 21
+    assert notebook.count("run_card.json") == 17
     assert len(re.findall(r"rule 0[1-8]_\w+:", told)) == 8

@@ -69,7 +69,7 @@ def test_a_finished_run_has_its_tables_and_checkpoints(finished):
     losses, held_out = (pd.read_csv(finished / name) for name in ("losses.csv", "held_out.csv"))
     assert losses.step.tolist() == list(range(1, 25))
     assert losses.tokens.tolist() == [64 * step for step in losses.step]
-    assert losses.learning_rate.max() == 3.0e-3
+    assert losses.learning_rate.max() == TrainingConfig().learning_rate
     assert held_out.step.tolist() == STEPS == LocalSeries(finished).steps
     card = json.loads((finished / CARD).read_text())
     assert card["tokens"] == 64 * 24 and card["parameters"] > 0
@@ -95,12 +95,12 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     [
         {"optimizer": "adamw"},
         {"precision": "bfloat16"},
-        {"architecture": "gpt2", "schedule": "cosine"},
+        {"architecture": "gpt2", "packing": "stream"},
     ],
 )
 def test_a_model_learns_to_count(tmp_path, settings):
     losses = small(tmp_path, tokens=64 * 100, state_every_seconds=60.0, **settings).loss
-    assert losses.iloc[:5].mean() > 2.2 and losses.iloc[-5:].mean() < 1.4
+    assert losses.iloc[0] > 2.2 and losses.iloc[-5:].mean() < 1.4
 
 
 def test_micro_batches_and_compilation_change_rounding_only(finished, tmp_path, monkeypatch):
@@ -232,17 +232,19 @@ def test_a_model_that_cannot_be_leaves_no_identity_behind(tmp_path):
 
 
 def test_the_schedule():
-    linear = [rate_share(step, 10, 0.2, "linear") for step in range(10)]
-    assert linear == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    cosine = [rate_share(step, 4, 0.0, "cosine") for step in range(5)]
-    assert cosine == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0.0])
+    shares = [rate_share(step, 10, warmup=0.2, decay=0.5) for step in range(10)]
+    assert shares == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    constant = [rate_share(step, 4, warmup=0.0, decay=0.0) for step in range(4)]
+    assert constant == [1.0] * 4
+    falling = [rate_share(step, 4, warmup=0.0, decay=1.0) for step in range(4)]
+    assert falling == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(architecture):
     model = build_model(architecture, 11, 2, 16, 2, 16)
     adamw, muon = build_optimizers(model, TrainingConfig(weight_decay=0.1))
-    taken = {id(p) for p in muon.param_groups[0]["params"]}
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
     rest = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert taken == {id(p) for p in hidden_matrices(model)} and not taken & rest
     assert taken | rest == {id(p) for p in model.parameters()}
@@ -250,6 +252,23 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(architecture):
         of_a_layer = ".layers." in name or ".h." in name
         assert (id(p) in taken) == (p.ndim == 2 and of_a_layer)
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.1, 0.0]
+
+
+def test_queries_and_keys_have_a_rate_of_their_own():
+    model = build_model("llama", 11, 2, 16, 2, 16)
+    config = TrainingConfig(muon_learning_rate=0.01, query_key_rate=0.04)
+    _, muon = build_optimizers(model, config)
+    rate_of = {id(p): group["peak"] for group in muon.param_groups for p in group["params"]}
+    for layer in model.model.layers:
+        for name, part in layer.self_attn.named_children():
+            assert rate_of[id(part.weight)] == (0.04 if name in ("q_proj", "k_proj") else 0.01)
+
+
+def test_a_model_of_attention_only_is_trained_and_read_back(tmp_path):
+    small(tmp_path, mlp_width=0)
+    model = LocalSeries(tmp_path).load(24)
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (16, 0)
+    assert not any("mlp" in name for name, p in model.named_parameters() if p.numel())
 
 
 def test_batched_muon_is_torchs():

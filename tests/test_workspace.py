@@ -8,6 +8,7 @@ import pytest
 from latentree.evidence.claims import Claim
 from latentree.run.workspace import NotTrained, Workspace
 from latentree.series.checkpoints import IDENTITY
+from latentree.train.training import TrainingConfig
 from matplotlib import pyplot as plt
 from test_checkpoints import make_run
 
@@ -62,7 +63,22 @@ def test_relative_folders_are_the_projects_wherever_jupyter_started(tmp_path, mo
 
 def test_a_missing_run_is_told_by_the_first_line(tmp_path):
     with pytest.raises(NotTrained, match="no trained model of bound; run `make run"):
-        Workspace("03_x", "smoke", tmp_path / "out", tmp_path, trained=["bound"])
+        Workspace("03_x", "smoke", tmp_path / "out", tmp_path).needs(["bound"])
+
+
+def test_only_the_seeds_that_were_trained_are_read(trained):
+    corpus = trained.corpus("bound")
+    assert list(trained.all_series(corpus, [0, 1])) == [0]
+    with pytest.raises(NotTrained, match="seed-1"):
+        trained.all_series(corpus, [1, 0])
+
+
+def test_the_recipe_is_that_of_notebook_02_in_this_profile(tmp_path):
+    recipe = Workspace("05_x", "smoke", tmp_path).recipe(layers=7)
+    config = TrainingConfig(**recipe)
+    assert (config.layers, config.width, config.batch_sequences) == (7, 32, 16)
+    assert config.learning_rate == TrainingConfig().learning_rate
+    assert (config.tokens, config.seed) == (TrainingConfig().tokens, 0)
 
 
 def test_checkpoints_of_another_grammar_are_refused(trained):

@@ -128,6 +128,13 @@ class Internals:
         """The module whose output is what the MLP of a layer adds to the stream."""
         return _part(self.blocks[layer], self.names.mlp_norm or self.names.mlp)
 
+    def projectors(self, layer: int) -> dict:
+        """The modules that project queries, keys and values, {q, k, v: module}; {} if one does."""
+        paths = self.names.projections
+        if len(paths) == 1:
+            return {}
+        return {point: _part(self.blocks[layer], path) for point, path in zip("qkv", paths)}
+
     def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """W_Q, W_K, W_V of a layer, (head, width, head_dim) each.
 

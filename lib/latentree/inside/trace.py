@@ -3,6 +3,8 @@
 Points of a run, by what is written there (names.py finds the modules of each architecture):
 
     stream     (layers + 1, batch, position, width)       before each block, and after the last
+    q, k, v    (layer, batch, position, head, head_dim)   queries, keys, values, before any norm of
+               theirs and the rotary positions; not where one matrix projects all three
     z          (layer, batch, position, head, head_dim)   each head's mix of values
     attention  (layer, batch, position, width)            what the attention adds to the stream
     mlp        (layer, batch, position, width)            what the MLP adds to the stream
@@ -16,7 +18,8 @@ from nnsight import NNsight
 
 from latentree.inside.names import Internals
 
-_BY_LAYER = ("stream", "z", "attention", "mlp")
+_BY_LAYER = ("stream", "q", "k", "v", "z", "attention", "mlp")
+_BY_HEAD = ("q", "k", "v", "z")
 _ONCE = ("normed", "logits", "cache")
 
 
@@ -36,13 +39,13 @@ def run(model, tokens, read=(), change=None, **inputs) -> dict:
     if "logits" not in read:
         inputs = {"logits_to_keep": 1} | inputs
     inputs = {"use_cache": "cache" in read} | inputs
-    shape = (inside.heads, inside.head_dim)
+    shape = (-1, inside.head_dim)
     found = {point: [] for point in read if point in _BY_LAYER}
     with traced.trace(input_ids=tokens.to(model.device), **inputs):
         for point, layer, module, side in _sites(inside):
             if (point, layer) in change:
                 written = getattr(module, side).clone()
-                if point == "z":
+                if point in _BY_HEAD:
                     written = change[point, layer](written.unflatten(-1, shape)).flatten(-2)
                 else:
                     written = change[point, layer](written)
@@ -59,8 +62,8 @@ def run(model, tokens, read=(), change=None, **inputs) -> dict:
             once["cache"] = traced.output.past_key_values
         once.save()
     found = {point: torch.stack(written) for point, written in found.items()}
-    if "z" in found:
-        found["z"] = found["z"].unflatten(-1, shape)
+    for point in set(found) & set(_BY_HEAD):
+        found[point] = found[point].unflatten(-1, shape)
     return found | once
 
 
@@ -68,8 +71,10 @@ def _sites(inside: Internals) -> list:
     """(point, layer, module, its input or output), in the order in which a run reaches them."""
     sites = []
     for layer in range(inside.layers):
+        sites.append(("stream", layer, inside.blocks[layer], "input"))
+        for point, module in inside.projectors(layer).items():
+            sites.append((point, layer, module, "output"))
         sites += [
-            ("stream", layer, inside.blocks[layer], "input"),
             ("z", layer, inside.o_proj(layer), "input"),
             ("attention", layer, inside.attention_written(layer), "output"),
             ("mlp", layer, inside.mlp_written(layer), "output"),
@@ -78,14 +83,16 @@ def _sites(inside: Internals) -> list:
 
 
 def _check_points(inside: Internals, read, change) -> None:
-    known = (*_BY_LAYER, *_ONCE)
+    apart = [] if inside.projectors(0) else ["q", "k", "v"]
+    by_layer = [point for point in _BY_LAYER if point not in apart]
+    known = (*by_layer, *_ONCE)
     for point in read:
         if point not in known:
             raise ValueError(f"read = {point!r}: is no point of a run; use {', '.join(known)}")
     for point, layer in change:
         last = inside.layers if point == "stream" else inside.layers - 1
-        if point not in _BY_LAYER or not 0 <= layer <= last:
+        if point not in by_layer or not 0 <= layer <= last:
             raise ValueError(
-                f"change = {(point, layer)}: give one of {', '.join(_BY_LAYER)} and a layer from "
+                f"change = {(point, layer)}: give one of {', '.join(by_layer)} and a layer from "
                 f"0 to {last}"
             )

@@ -1,6 +1,6 @@
-"""What heads do by their weights alone: copying by the OV circuit, and K-composition.
+"""Circuits: what heads do by their weights alone, and what one part hands to one head.
 
-Norms enter as linear maps: they centre if they are LayerNorms and multiply by their gain; the
+In copying by the OV circuit and in K-composition norms enter as linear maps: they centre if they are LayerNorms and multiply by their gain; the
 division by the scale, the biases and the rotary positions are left out. MLPs and position
 embeddings are not part of a path from head to head (Elhage et al. 2021).
 """
@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from latentree.inside.names import Internals, norm_gain, weight
+from latentree.inside.trace import run
 
 _MOST_TOKENS = 4096  # different tokens that sequences are taken together for
 
@@ -75,6 +76,39 @@ def k_composition(model, later: tuple[int, int], draws: int = 20, seed: int = 0)
     random = torch.randn(draws, 2, inside.width, inside.head_dim, generator=generator)
     null = pd.Series([composed(w_v, w_o.T) for w_v, w_o in random.to(model.device)])
     return pd.DataFrame(rows).assign(baseline=null.mean(), baseline_high=null.quantile(0.95))
+
+
+@torch.no_grad()
+def path_patch(model, tokens, sender: tuple, receiver: tuple[int, int], point: str) -> dict:
+    """The change of a run that cuts one path: from `sender` to what one head reads at `point`.
+
+    What the sender, ("head", layer, head), ("mlp", layer) or ("embedding",), adds to the stream is
+    replaced by its mean over tokens (batch, position), but only where the head `receiver` (layer,
+    head) reads it, as its queries q, keys k or values v; all else stays as it was (Goldowsky-Dill
+    et al. 2023). Give the result to `trace.run` as `change`. A shared key or value head changes for
+    all that share it. Raises ValueError for a sender that does not come before the receiver.
+    """
+    inside, (layer, head) = Internals(model), receiver
+    kind, *where = sender
+    if where and where[0] >= layer:
+        raise ValueError(f"sender = {sender}: does not come before the receiver {receiver}")
+    clean = run(model, tokens, ["stream", "z", "mlp"])
+    if kind == "embedding":
+        written = clean["stream"][0]
+    elif kind == "mlp":
+        written = clean["mlp"][where[0]]
+    else:
+        written = inside.head_written(where[0], clean["z"][where[0]])[..., where[1], :]
+    read = clean["stream"][layer] - written + written.mean((0, 1))
+    norm, projector = inside.input_norm(layer), inside.projectors(layer)[point]
+    projected = projector(read if norm is None else norm(read)).unflatten(-1, (-1, inside.head_dim))
+    own = head * projected.shape[-2] // inside.heads
+
+    def replace(vectors):
+        vectors[..., own, :] = projected[..., own, :]
+        return vectors
+
+    return {(point, layer): replace}
 
 
 def _product_norm(left, middle, right) -> torch.Tensor:

@@ -1,16 +1,17 @@
-"""Looking up what a parent word called for: the score that asks a head for exactly that.
+"""Looking up, and counting by role: two scores that a fake of the other fails.
 
 A grammar's habits bind a word (the child) to another word of its sentence (its parent). Where the
-next word has a parent, its look-up is the attention to the earlier words of the child's role that
+next word has a parent, the LOOK-UP is the attention to the earlier words of the child's role that
 had the same parent word in this document: there the answer stands, if it stands anywhere. Words of
-the same role with another parent are its decoys; a head that knows only roles and places attends to
-both alike.
+that role with another parent are its DECOYS. The ROLE BAG is the attention to all earlier words of
+the role that comes next: what a head needs that counts how frequent each word is.
 """
 
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch.nn.functional import pad
 
 from latentree.data.corpus import held_out
 from latentree.evidence.intervals import ratio
@@ -26,7 +27,9 @@ class LookUps:
     - kinds: names, "verb to object" or, past a word in between, "verb past subject to object".
     - kind (sequence, query): the number of the query's kind, -1 where the next word has no parent.
     - match, decoy (sequence, query, key): the keys whose parent was the same word, or another.
+    - bag (sequence, query, key): the earlier words of the next word's role, in its document.
     - stands (sequence, query): whether the next word is one of those that match.
+    - document (sequence, position): the number of each token's document.
     """
 
     tokens: torch.Tensor
@@ -34,117 +37,174 @@ class LookUps:
     kind: torch.Tensor
     match: torch.Tensor
     decoy: torch.Tensor
+    bag: torch.Tensor
     stands: torch.Tensor
+    document: torch.Tensor
 
 
-def look_ups(corpus, sequences: int, context: int) -> LookUps:
-    """The look-ups in held-out sequences of a corpus whose grammar has habits.
+def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
+    """The look-ups in held-out sequences of a corpus.
 
-    Raises ValueError if it has none.
+    The derivation of its text says which word has which parent. A corpus without derivations
+    (a chain) is read by another's `grammar`: the word before is the parent where its role fits.
+    Without any grammar every word's parent is the one before, and all words are of one role.
     """
-    grammar = corpus.grammar
-    if grammar is None or not grammar.file.binding:
-        raise ValueError(f"corpus {corpus.name}: no word calls for another; choose one with habits")
-    rows = held_out(corpus, sequences, context, annotate=_parents)
-    tokens, role, back = rows["tokens"], rows["role"], rows["back"]
+    grammar = corpus.grammar or grammar
+    rows = held_out(corpus, sequences, context, annotate=lambda text: _parents(text, grammar))
+    tokens, role, back, document = (rows[name] for name in ("tokens", "role", "back", "document"))
     place = torch.arange(context)
-    parent = (place - back).clamp(min=0)
-    parent_word = tokens.gather(1, parent)
+    parent_word = tokens.gather(1, (place - back).clamp(min=0))
     bound = (back > 0) & (place >= back)  # the parent comes before its child
-
     names, kind = [], torch.full_like(tokens, -1)
-    for child in range(len(grammar.roles)):
-        for distance in back[bound & (role == child)].unique().tolist():
-            here = bound & (role == child) & (back == distance)
-            sequence, position = here.nonzero()[0].tolist()
-            path = role[sequence, position - distance : position + 1].tolist()
-            first, *between, last = [grammar.roles[number] for number in path]
-            kind[:, :-1][here[:, 1:]] = len(names)
-            names.append(f"{first}{''.join(f' past {word}' for word in between)} to {last}")
+    for path in _paths(grammar, role, back, bound):
+        here = bound & (back == len(path) - 1)
+        for distance, number in enumerate(reversed(path)):
+            here &= role.roll(distance, 1) == number
+        kind[:, :-1][here[:, 1:]] = len(names)
+        names.append(_told(grammar, path))
 
     def same(field):  # of the word after the query, and of the key
         return field.roll(-1, 1)[:, :, None] == field[:, None]
 
     earlier = torch.ones(context, context, dtype=torch.bool).tril()
-    keys = earlier & (kind >= 0)[:, :, None] & bound[:, None] & same(role) & same(rows["document"])
+    earlier[-1] = False  # nothing comes after the last word
+    bag = earlier & same(role) & same(document)
+    keys = bag & (kind >= 0)[:, :, None] & bound[:, None]
     match, decoy = keys & same(parent_word), keys & ~same(parent_word)
-    return LookUps(tokens, names, kind, match, decoy, (match & same(tokens)).any(2))
+    stands = (match & same(tokens)).any(2)
+    return LookUps(tokens, names, kind, match, decoy, bag, stands, document)
+
+
+def _paths(grammar, role, back, bound) -> list:
+    """The roles from a parent to its child, for every way in which words are bound here."""
+    if grammar is None:
+        return [(0, 0)]
+    found = set()
+    for sequence, child in bound.nonzero().tolist():
+        parent = child - int(back[sequence, child])
+        found.add(tuple(role[sequence, parent : child + 1].tolist()))
+    return sorted(found)
+
+
+def _told(grammar, path) -> str:
+    if grammar is None:
+        return "word to word"
+    first, *between, last = [grammar.roles[number] for number in path]
+    return f"{first}{''.join(f' past {word}' for word in between)} to {last}"
 
 
 @torch.no_grad()
 def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
-    """Every head's look-up and the losses, for each kind and for `all`.
+    """Every head's look-up and role bag, and the losses, for each kind and for `all`.
 
     Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), queries.
 
-    - look-up: attention on the matches, over queries that have some; variant `head`, and `best`:
-      of the best head, chosen on one half of the sequences and scored on the other, both ways.
-    - chance: of a head that attends evenly. decoys: what is paid to a decoy, over what is paid to a
-      match, per key, over queries that have both (a ratio: 1 is a head that cannot tell them apart).
+    - look-up, role bag: attention on the targets, over queries that have some; variants `head`,
+      and `best`: of the best head, chosen on one half of the sequences and scored on the other,
+      both ways; `chance`: of a head that attends evenly.
+    - role bag elsewhere: the same on the role bags of another sequence: what places alone explain,
+      where sentences have a rhythm.
+    - decoys: what a head pays to a decoy over what it pays to a match, per key, over queries that
+      have both: 1 is a head that cannot tell them apart.
     - loss, nats: variants `stands` (the next word is among the matches), `matched`, `unmatched`.
+
+    Every corpus has the kind `all` with the role bag and the loss; look-ups and decoys are there
+    if words are bound.
     """
-    match, decoy = look_ups.match.double(), look_ups.decoy.double()
+    elsewhere = look_ups.bag.roll(1, 0)  # of another sequence
+    masks = torch.stack([look_ups.match, look_ups.decoy, look_ups.bag, elsewhere], -1)
     parts, losses = [], []
     for first in range(0, len(look_ups.tokens), rows):
-        chosen, found = slice(first, first + rows), []
-        on = torch.stack([match[chosen], decoy[chosen]], -1)
+        on, found = masks[first : first + rows].float(), []
 
         def see(layer, probabilities):
-            found.append(torch.einsum("bhqk,bqkt->bqht", probabilities.double().cpu(), on))
+            found.append(torch.einsum("bhqk,bqkt->bqht", probabilities.float().cpu(), on).double())
 
-        tokens = look_ups.tokens[chosen].to(model.device)
+        tokens = look_ups.tokens[first : first + rows].to(model.device)
         with attention(model, see):
             logits = model(input_ids=tokens, use_cache=False).logits
         parts.append(torch.cat(found, 2))
         losses.append(next_token_losses(logits, tokens).double().cpu())
-    paid, losses = torch.cat(parts), torch.nn.functional.pad(torch.cat(losses), (0, 1))
+    paid, keys = torch.cat(parts), masks.sum(2)
+    losses, heads = pad(torch.cat(losses), (0, 1)), model.config.num_attention_heads
+    every = torch.ones_like(look_ups.kind, dtype=torch.bool)
     tables = []
-    for number, name in [*enumerate(look_ups.kinds), (-1, "all")]:
+    for number, score in ((2, "role bag"), (3, "role bag elsewhere")):
+        found = _scored(score, paid[..., number], keys[..., number], every, heads)
+        tables.append(found.assign(kind="all"))
+    names = [*enumerate(look_ups.kinds), (-1, "all")] if look_ups.kinds else []
+    for number, kind in names:
         here = look_ups.kind == number if number >= 0 else look_ups.kind >= 0
-        tables.append(_rows_of(here, look_ups, paid, losses, model).assign(kind=name))
+        found = [
+            _scored("look-up", paid[..., 0], keys[..., 0], here, heads),
+            _decoys(paid, keys, here, heads),
+            _losses(losses, look_ups, here),
+        ]
+        tables.append(pd.concat(found).assign(kind=kind))
     table = pd.concat(tables, ignore_index=True)
     return table[["kind", "score", "variant", "layer", "head", "value", "low", "high", "queries"]]
 
 
-def _rows_of(here, look_ups, paid, losses, model):
-    """The rows of queries `here`; paid (sequence, query, head, match or decoy)."""
-    matches, decoys = look_ups.match.sum(2), look_ups.decoy.sum(2)
-    matched, both = here & (matches > 0), here & (matches > 0) & (decoys > 0)
-    heads, found = model.config.num_attention_heads, []
-
-    def add(score, variant, head, interval, queries):
-        layer, head = divmod(head, heads) if head >= 0 else (-1, -1)
-        value, low, high = (float(x) for x in interval)
-        place = {"score": score, "variant": variant, "layer": layer, "head": head}
-        found.append(place | {"value": value, "low": low, "high": high, "queries": int(queries)})
-
-    counts = matched.sum(1)
-    sums = (paid[..., 0] * matched[..., None]).sum(1)
+def _scored(score, paid, keys, here, heads) -> pd.DataFrame:
+    """Rows of one score: paid (sequence, query, head), keys and here (sequence, query)."""
+    here = here & (keys > 0)
+    sums, counts = (paid * here[..., None]).sum(1), here.sum(1)
     each = torch.stack(ratio(sums, counts[:, None]))
-    per_key = paid / torch.stack([matches, decoys], -1).clamp(min=1)[:, :, None]
-    per_key = (per_key * both[..., None, None]).sum(1)
-    contrast = torch.stack(ratio(per_key[..., 1], per_key[..., 0]))
-    for head in range(each.shape[1]):
-        add("look-up", "head", head, each[:, head], counts.sum())
-        add("decoys", "head", head, contrast[:, head], both.sum())
-    *interval, chosen = choose_and_score(sums, counts)
-    best = int(each[0].argmax())
-    add("look-up", "best", best, interval, counts.sum())
-    even = matches / torch.arange(1, matches.shape[1] + 1)
-    add("chance", "model", -1, ratio((even * matched).sum(1), counts), counts.sum())
-    cases = {"stands": here & look_ups.stands, "matched": matched, "unmatched": here & ~matched}
+    found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
+    *interval, _ = choose_and_score(sums, counts)
+    found.append(_row("best", int(each[0].argmax()), interval, heads))
+    even = keys / torch.arange(1, keys.shape[1] + 1)
+    found.append(_row("chance", -1, ratio((even * here).sum(1), counts), heads))
+    return pd.DataFrame(found).assign(score=score, queries=int(counts.sum()))
+
+
+def _decoys(paid, keys, here, heads) -> pd.DataFrame:
+    """Rows of decoys over matches, per key."""
+    both = here & (keys[..., :2] > 0).all(-1)
+    per_key = paid[..., :2] / keys[:, :, None, :2].clamp(min=1)
+    match, decoy = (per_key * both[..., None, None]).sum(1).unbind(-1)
+    each = torch.stack(ratio(decoy, match))
+    found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
+    return pd.DataFrame(found).assign(score="decoys", queries=int(both.sum()))
+
+
+def _losses(losses, look_ups, here) -> pd.DataFrame:
+    """Rows of the loss where the answer stands, where there is a match, and where there is none."""
+    matched = look_ups.match.any(2)
+    cases = {"stands": look_ups.stands, "matched": matched, "unmatched": ~matched}
+    found = []
     for name, where in cases.items():
+        where = here & where
         interval = ratio((losses * where).sum(1), where.sum(1))
-        add("loss", name, -1, interval, where.sum())
-    return pd.DataFrame(found)
+        found.append(_row(name, -1, interval, 1) | {"queries": int(where.sum())})
+    return pd.DataFrame(found).assign(score="loss")
 
 
-def _parents(documents):
-    """How many tokens before each one its parent stands; 0 if it has none, or a later one."""
-    longest = max(len(shape.roles) for shape in documents.shapes)
-    bindings = torch.full((len(documents.shapes), longest), -1)
-    for number, shape in enumerate(documents.shapes):
-        bindings[number, : len(shape.roles)] = torch.tensor(shape.binds_to)
-    place = documents.token["place"]
-    parent = bindings[documents.token["shape"], place]
-    return {"back": (place - parent).clamp(min=0) * (parent >= 0)}
+def _row(variant, head, interval, heads) -> dict:
+    """A row of the table; heads are numbered through all layers, -1 is none."""
+    layer, head = divmod(head, heads) if head >= 0 else (-1, -1)
+    value, low, high = (float(number) for number in interval)
+    place = {"variant": variant, "layer": layer, "head": head}
+    return place | {"value": value, "low": low, "high": high}
+
+
+def _parents(documents, grammar) -> dict:
+    """Each token's role, and how many tokens before it its parent stands, or 0."""
+    token = documents.token
+    if grammar is None:
+        role = torch.zeros_like(documents.tokens)
+        return {"role": role, "back": (token["position"] > 0).long()}
+    role = torch.as_tensor(grammar.role_of)[documents.tokens]
+    if documents.shapes:
+        longest = max(len(shape.roles) for shape in documents.shapes)
+        bindings = torch.full((len(documents.shapes), longest), -1)
+        for number, shape in enumerate(documents.shapes):
+            bindings[number, : len(shape.roles)] = torch.tensor(shape.binds_to)
+        parent = bindings[token["shape"], token["place"]]
+        back = (token["place"] - parent).clamp(min=0) * (parent >= 0)
+        return {"role": role, "back": back}
+    back = torch.zeros_like(role)
+    for child, parent in grammar.file.habits.items():
+        fits = (role == grammar.roles.index(child)) & (role.roll(1) == grammar.roles.index(parent))
+        back[fits & (token["position"] > 0)] = 1
+    return {"role": role, "back": back}

@@ -1,0 +1,175 @@
+"""The look-up score tells a head that looks up from heads that know only roles, places or words."""
+
+import pytest
+import torch
+from latentree.data.corpus import load_corpus
+from latentree.measure import lookup
+from latentree.measure.lookup import look_ups, measure
+from latentree.train.model import build_model
+
+SEQUENCES, CONTEXT = 24, 96
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return look_ups(load_corpus("bound"), SEQUENCES, CONTEXT)
+
+
+def evenly(keys):
+    """Attention (sequence, query, key) that is even over some keys, and on the first without any."""
+    keys = keys.double()
+    first = torch.zeros_like(keys)
+    first[..., 0] = 1.0
+    count = keys.sum(2, keepdim=True)
+    return torch.where(count > 0, keys / count.clamp(min=1), first)
+
+
+def hand_made(shown):
+    """Five heads by name: what each attends to."""
+    grammar = load_corpus("bound").grammar
+    role, tokens = torch.as_tensor(grammar.role_of)[shown.tokens], shown.tokens
+    earlier = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).tril()
+    same = (tokens[:, :, None] == tokens[:, None]) & earlier.tril(-1)
+    next_role = role.roll(-1, 1)[:, :, None] == role[:, None]
+    place = torch.arange(CONTEXT)
+    return {
+        "look-up": shown.match,
+        "induction": same.roll(1, 2) & earlier,
+        "role bag": next_role & earlier,
+        "position": (place[:, None] - place == 3).expand_as(same),
+        "duplicate": same,
+    }
+
+
+@pytest.fixture(scope="module")
+def scores(shown):
+    """The table of a model whose five heads in one layer are the hand-made ones."""
+    model = build_model("llama", 41, layers=1, width=20, heads=5, context=CONTEXT).eval()
+    heads = torch.stack([evenly(keys) for keys in hand_made(shown).values()], 1)
+    opened = lookup.attention
+
+    def attention(model, see):
+        done = [0]
+
+        def put(layer, probabilities):
+            part = heads[done[0] : done[0] + len(probabilities)]
+            done[0] += len(probabilities)
+            return see(layer, part)
+
+        return opened(model, put)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # measure opens attention anew for each part of the sequences: all at once here
+        patch.setattr(lookup, "attention", attention)
+        return measure(model, shown, rows=SEQUENCES)
+
+
+def value(table, score, kind="all", **where):
+    for column, wanted in {"score": score, "kind": kind, **where}.items():
+        table = table[table[column] == wanted]
+    return table.value.item()
+
+
+def test_the_score_is_one_for_look_up_and_low_for_all_fakes(shown, scores):
+    chance = value(scores, "look-up", variant="chance")
+    by_head = {
+        name: value(scores, "look-up", head=number, variant="head")
+        for number, name in enumerate(hand_made(shown))
+    }
+    assert by_head["look-up"] == pytest.approx(1.0)
+    assert by_head["induction"] > 5 * chance  # it finds those that directly follow their parent
+    assert value(scores, "look-up", "verb to object", head=1, variant="head") > 0.4
+    for fake in ("role bag", "position", "duplicate"):
+        assert by_head[fake] < 0.25, by_head
+    assert value(scores, "look-up", variant="best") == pytest.approx(1.0)
+
+
+def test_decoys_tell_a_role_bag_from_a_look_up(shown, scores):
+    paid = {
+        name: value(scores, "decoys", head=number) for number, name in enumerate(hand_made(shown))
+    }
+    assert paid["look-up"] == 0.0
+    assert paid["role bag"] == pytest.approx(1.0)  # it cannot tell them apart
+    assert paid["induction"] < 0.25
+
+
+def test_look_ups_are_what_the_grammar_binds(shown):
+    """By brute force: the parent word of each bound word, and the earlier words that had the same."""
+    corpus = load_corpus("bound")
+    grammar = corpus.grammar
+    from latentree.data.corpus import held_out
+
+    rows = held_out(corpus, SEQUENCES, CONTEXT)
+    shapes = grammar.shapes
+    assert set(shown.kinds) == {
+        "subject to verb",
+        "verb to object",
+        "verb past subject to object",
+    }
+    for sequence in range(3):
+        fields = {name: rows[name][sequence].tolist() for name in rows}
+        parent = []
+        for at in range(CONTEXT):
+            place = fields["place"][at]
+            binds_to = shapes[fields["shape"][at]].binds_to[place]
+            found = at - place + binds_to
+            parent.append(found if 0 <= binds_to < place and found >= 0 else None)
+        for query in range(CONTEXT - 1):
+            child = query + 1
+            assert (shown.kind[sequence, query] >= 0) == (parent[child] is not None)
+            for key in range(CONTEXT):
+                wanted = (
+                    parent[child] is not None
+                    and key <= query
+                    and parent[key] is not None
+                    and fields["document"][key] == fields["document"][child]
+                    and fields["role"][key] == fields["role"][child]
+                )
+                same = wanted and fields["tokens"][parent[key]] == fields["tokens"][parent[child]]
+                assert bool(shown.match[sequence, query, key]) == bool(same)
+                assert bool(shown.decoy[sequence, query, key]) == bool(wanted and not same)
+
+
+def test_the_answer_stands_only_where_a_match_is_the_next_word(shown):
+    sequence, query = shown.stands.nonzero().T
+    for s, q in zip(sequence.tolist()[:50], query.tolist()):
+        assert shown.tokens[s, q + 1] in shown.tokens[s][shown.match[s, q]]
+    matched = shown.match.any(2)
+    assert 0.6 < shown.stands.sum() / matched.sum() < 0.95  # binding .9 twice, and chance
+
+
+def test_a_role_bag_head_is_one_where_it_should_be(shown, scores):
+    names = list(hand_made(shown))
+
+    def beyond_places(name):
+        own, elsewhere = (
+            value(scores, score, head=names.index(name), variant="head")
+            for score in ("role bag", "role bag elsewhere")
+        )
+        return own, own - elsewhere
+
+    own, beyond = beyond_places("role bag")
+    assert own > 0.85 and beyond > 0.3  # documents end in between
+    # Three words back is the same role in many a sentence: its places give a position-only head away.
+    own, beyond = beyond_places("position")
+    assert own > 0.6 and abs(beyond) < 0.05
+
+
+def test_a_corpus_without_habits_has_a_role_bag_only():
+    shown = look_ups(load_corpus("released-small"), 4, 64)
+    model = build_model("llama", 401, layers=1, width=8, heads=2, context=64).eval()
+    table = measure(model, shown)
+    assert not shown.kinds and set(table.score) == {"role bag", "role bag elsewhere"}
+    best = value(table, "role bag", variant="best")
+    assert best == pytest.approx(value(table, "role bag", variant="chance"), abs=0.02)
+
+
+def test_a_chain_is_read_by_the_grammar_whose_words_it_has():
+    grammar = load_corpus("bound").grammar
+    shown = look_ups(load_corpus("bound-order3"), 4, 64, grammar)
+    assert shown.kinds == ["subject to verb", "verb to object"]
+    role = torch.as_tensor(grammar.role_of)[shown.tokens]
+    sequence, query = (shown.kind == 1).nonzero().T
+    roles = list(grammar.roles)
+    assert (role[sequence, query] == roles.index("verb")).all()
+    assert (role[sequence, query + 1] == roles.index("object")).all()
