@@ -111,7 +111,7 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
 
     Raises ValueError for a file that is missing or wrong.
     """
-    from latentree.data.ngrams import Chain, HashedTables  # corpora, which import this module
+    from latentree.data.ngrams import Chain, HashedTables, Successors  # which import this module
     from latentree.data.sampler import GrammarProcess
 
     path = Path(folder) / f"{name}.yaml"
@@ -123,14 +123,13 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
         raise ValueError(
             f"grammar file {path}: name is {content.get('name')!r}; give file and name the same"
         )
-    kind = content.get("kind")
-    if kind not in ("n-gram", "hashed n-gram"):
+    treeless = {"n-gram": Chain, "hashed n-gram": HashedTables, "treeless": Successors}
+    if content.get("kind") not in treeless:
         return GrammarProcess(Grammar(content), seed)
     fields = {key: value for key, value in content.items() if key not in ("kind", "about")}
-    if kind == "hashed n-gram":
-        return HashedTables(seed=seed, **fields)
-    parent = load_corpus(fields.pop("parent"), folder, seed)
-    return Chain(parent, seed=seed, **fields)
+    if "parent" in fields:
+        fields["parent"] = load_corpus(fields["parent"], folder, seed)
+    return treeless[content["kind"]](seed=seed, **fields)
 
 
 class Stream:

@@ -1,4 +1,6 @@
-"""The two n-gram controls: the release's hashed tables, and a chain estimated from a corpus."""
+"""Text without a tree: the release's hashed tables, a chain estimated from a corpus, successors."""
+
+import math
 
 import torch
 
@@ -107,6 +109,63 @@ class HashedTables(Corpus):
             p[:, t] = torch.where(tokens[:, t] == self.end, ending, (1 - ending) * p[:, t])
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         return -p[document, place].log()
+
+
+class Successors(Corpus):
+    """Text with a latent and no tree: what follows a word is drawn anew for each document.
+
+    Each of the `words` has `choices` words that may follow it, the same in all documents. A
+    document draws one of them for each word; that one follows with probability `binding`, else any
+    of the choices does, all alike. Documents have `length` tokens, and no end token.
+    """
+
+    def __init__(self, name="treeless", words=36, choices=12, binding=0.7, length=128, seed=0):
+        super().__init__(
+            name=name,
+            kind="treeless",
+            vocabulary_size=words,
+            end=None,
+            mean_document_length=length,
+            content={"words": words, "choices": choices, "binding": binding, "length": length},
+            seed=seed,
+        )
+        self.binding, self.length = binding, length
+        self._key = counter.mix(torch.tensor(seed))
+        word = torch.arange(words)
+        others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
+        self.choices = others + (others >= word[:, None])  # a word never follows itself
+
+    def documents(self, ids, device="cpu", detail=True):
+        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
+        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
+        choices, (words, count) = self.choices.to(device), self.choices.shape
+        key = counter.subkey(self._key.to(device), ids)[:, None]
+
+        def uniform(number, many):  # (documents, many) below 2**BITS
+            parts = counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
+            return counter.uniform(parts)
+
+        usual = uniform(1, words) * count >> counter.BITS
+        other = uniform(2, self.length) * count >> counter.BITS
+        bound = uniform(3, self.length) < int(self.binding * 2**counter.BITS)
+        tokens = torch.empty(len(ids), self.length, dtype=torch.int64, device=device)
+        tokens[:, :1] = uniform(4, 1) * words >> counter.BITS
+        for t in range(1, self.length):
+            before = tokens[:, t - 1]
+            called = usual.gather(1, before[:, None])[:, 0]
+            tokens[:, t] = choices[before, torch.where(bound[:, t], called, other[:, t])]
+        document = torch.arange(len(ids), device=device)[:, None].expand_as(tokens).flatten()
+        fields = {"tokens": tokens.flatten(), "document": document}
+        fields["position"] = position_within(document)
+        return Documents(fields, len(ids))
+
+    def losses(self) -> tuple[float, float]:
+        """Exact losses in nats a token: of who knows no document, and of who knows its successors."""
+        count = self.choices.shape[1]
+        rest = (1 - self.binding) / count
+        called = self.binding + rest
+        aware = -called * math.log(called) - (count - 1) * rest * math.log(rest)
+        return math.log(count), aware
 
 
 class Chain(Corpus):
