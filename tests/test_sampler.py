@@ -373,12 +373,12 @@ def test_in_treeless_text_each_document_has_its_own_successors():
     counts = torch.zeros(400, 36, 36, dtype=torch.float64)
     pair = (torch.arange(400)[:, None].expand(-1, corpus.length - 1), tokens[:, :-1], tokens[:, 1:])
     counts.index_put_(pair, torch.ones(1, dtype=torch.float64), accumulate=True)
-    often = counts.sum(2) > 15
+    often = counts.sum(2) > 7
     usual = counts.max(2)
     share = usual.values[often].sum() / counts[often].sum()
-    assert float(share) == pytest.approx(0.7 + 0.3 / 12, abs=0.02)
+    assert float(share) == pytest.approx(0.7 + 0.3 / 12, abs=0.03)
     document, word = often.nonzero().T
     number = (corpus.choices[word] == usual.indices[document, word][:, None]).int().argmax(1)
     shares = np.bincount(number, minlength=12) / len(number)
-    assert abs(shares - 1 / 12).max() < 0.03  # any choice, as often
+    assert abs(shares - 1 / 12).max() < 0.03, len(number)  # any choice, as often
     assert 1 < aware < 1.5 < without < 2.5

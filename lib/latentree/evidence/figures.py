@@ -22,6 +22,7 @@ KIND_COLOURS = {
     "PCFG": "#0072B2",
     "flat": "#D55E00",
     "static": "#009E73",
+    "treeless": "#882255",
     "n-gram": "#CC79A7",
     "hashed n-gram": "#8C6D1F",
     "small release": "#56B4E9",
