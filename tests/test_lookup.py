@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from latentree.data.corpus import load_corpus
+from latentree.data.corpus import held_out, load_corpus
 from latentree.measure import lookup
 from latentree.measure.lookup import look_ups, measure
 from latentree.train.model import build_model
@@ -94,40 +94,33 @@ def test_decoys_tell_a_role_bag_from_a_look_up(shown, scores):
 
 
 def test_look_ups_are_what_the_grammar_binds(shown):
-    """By brute force: the parent word of each bound word, and the earlier words that had the same."""
+    """By brute force, from the derivations: pairs, and who was in a pair with the same word."""
     corpus = load_corpus("bound")
-    grammar = corpus.grammar
-    from latentree.data.corpus import held_out
-
     rows = held_out(corpus, SEQUENCES, CONTEXT)
-    shapes = grammar.shapes
-    assert set(shown.kinds) == {
-        "subject to verb",
-        "verb to object",
-        "verb past subject to object",
-    }
+    kinds = ["subject to verb", "verb to object", "verb past subject to object", "verb to subject"]
+    assert sorted(shown.kinds) == sorted(kinds)
     for sequence in range(3):
         fields = {name: rows[name][sequence].tolist() for name in rows}
-        parent = []
+        pairs = set()  # (place, place, role of the child)
         for at in range(CONTEXT):
-            place = fields["place"][at]
-            binds_to = shapes[fields["shape"][at]].binds_to[place]
-            found = at - place + binds_to
-            parent.append(found if 0 <= binds_to < place and found >= 0 else None)
+            place, shape = fields["place"][at], corpus.grammar.shapes[fields["shape"][at]]
+            other = at - place + shape.binds_to[place]
+            if shape.binds_to[place] >= 0 and 0 <= other < CONTEXT:
+                pairs |= {(at, other, shape.roles[place]), (other, at, shape.roles[place])}
         for query in range(CONTEXT - 1):
-            child = query + 1
-            assert (shown.kind[sequence, query] >= 0) == (parent[child] is not None)
-            for key in range(CONTEXT):
-                wanted = (
-                    parent[child] is not None
-                    and key <= query
-                    and parent[key] is not None
-                    and fields["document"][key] == fields["document"][child]
-                    and fields["role"][key] == fields["role"][child]
-                )
-                same = wanted and fields["tokens"][parent[key]] == fields["tokens"][parent[child]]
-                assert bool(shown.match[sequence, query, key]) == bool(same)
-                assert bool(shown.decoy[sequence, query, key]) == bool(wanted and not same)
+            following, asked = query + 1, None
+            for one, other, habit in pairs:
+                if one == following and other <= query:
+                    asked = other, habit
+            assert (shown.kind[sequence, query] >= 0) == (asked is not None)
+            match, decoy = set(), set()
+            for one, other, habit in pairs if asked else ():
+                alike = all(fields[f][one] == fields[f][following] for f in ("document", "role"))
+                if habit == asked[1] and alike and max(one, other) <= query:
+                    same = fields["tokens"][other] == fields["tokens"][asked[0]]
+                    (match if same else decoy).add(one)
+            assert set(shown.match[sequence, query].nonzero()[:, 0].tolist()) == match
+            assert set(shown.decoy[sequence, query].nonzero()[:, 0].tolist()) == decoy
 
 
 def test_the_answer_stands_only_where_a_match_is_the_next_word(shown):

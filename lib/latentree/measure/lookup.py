@@ -1,10 +1,11 @@
 """Looking up, and counting by role: two scores that a fake of the other fails.
 
 A grammar's habits bind a word (the child) to another word of its sentence (its parent). Where the
-next word has a parent, the LOOK-UP is the attention to the earlier words of the child's role that
-had the same parent word in this document: there the answer stands, if it stands anywhere. Words of
-that role with another parent are its DECOYS. The ROLE BAG is the attention to all earlier words of
-the role that comes next: what a head needs that counts how frequent each word is.
+one of such a pair stands before the next word, which is the other, the LOOK-UP is the attention to
+the earlier words of the next word's role that were in a pair with the same word in this document:
+there the answer stands, if it stands anywhere. Words of that role in a pair with another word are
+its DECOYS. The ROLE BAG is the attention to all earlier words of the role that comes next: what a
+head needs that counts how frequent each word is.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data.corpus import held_out
 from latentree.evidence.intervals import ratio
@@ -24,9 +26,12 @@ from latentree.train.model import next_token_losses
 class LookUps:
     """Where looking up should attend, in tokens (sequence, position).
 
-    - kinds: names, "verb to object" or, past a word in between, "verb past subject to object".
-    - kind (sequence, query): the number of the query's kind, -1 where the next word has no parent.
-    - match, decoy (sequence, query, key): the keys whose parent was the same word, or another.
+    - kinds: names by the roles from the word that is looked up to the next one: "verb to object",
+      past a word in between "verb past subject to object", and from a child to its parent, the
+      inverse, "verb to subject".
+    - kind (sequence, query): the number of the query's kind, -1 where there is nothing to look up.
+    - match, decoy (sequence, query, key): the keys that were in a pair with the same word, or with
+      another.
     - bag (sequence, query, key): the earlier words of the next word's role, in its document.
     - stands (sequence, query): whether the next word is one of those that match.
     - document (sequence, position): the number of each token's document.
@@ -45,44 +50,46 @@ class LookUps:
 def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
     """The look-ups in held-out sequences of a corpus.
 
-    The derivation of its text says which word has which parent. A corpus without derivations
-    (a chain) is read by another's `grammar`: the word before is the parent where its role fits.
-    Without any grammar every word's parent is the one before, and all words are of one role.
+    The derivation of its text says which words are pairs. A corpus without derivations (a chain) is
+    read by another's `grammar`: neighbours are a pair where their roles fit. Without any grammar
+    each word and the one before are a pair, and all words are of one role.
     """
     grammar = corpus.grammar or grammar
-    rows = held_out(corpus, sequences, context, annotate=lambda text: _parents(text, grammar))
-    tokens, role, back, document = (rows[name] for name in ("tokens", "role", "back", "document"))
-    place = torch.arange(context)
-    parent_word = tokens.gather(1, (place - back).clamp(min=0))
-    bound = (back > 0) & (place >= back)  # the parent comes before its child
-    names, kind = [], torch.full_like(tokens, -1)
-    for path in _paths(grammar, role, back, bound):
-        here = bound & (back == len(path) - 1)
-        for distance, number in enumerate(reversed(path)):
-            here &= role.roll(distance, 1) == number
-        kind[:, :-1][here[:, 1:]] = len(names)
-        names.append(_told(grammar, path))
+    rows = held_out(corpus, sequences, context, annotate=lambda text: _pairs(text, grammar))
+    tokens, role, document = rows["tokens"], rows["role"], rows["document"]
+    place, names, kind = torch.arange(context), [], torch.full_like(tokens, -1)
 
     def same(field):  # of the word after the query, and of the key
         return field.roll(-1, 1)[:, :, None] == field[:, None]
 
-    earlier = torch.ones(context, context, dtype=torch.bool).tril()
-    earlier[-1] = False  # nothing comes after the last word
-    bag = earlier & same(role) & same(document)
-    keys = bag & (kind >= 0)[:, :, None] & bound[:, None]
-    match, decoy = keys & same(parent_word), keys & ~same(parent_word)
+    bag = torch.ones(context, context, dtype=torch.bool).tril() & same(role) & same(document)
+    bag[:, -1] = False  # nothing comes after the last word
+    match, decoy = torch.zeros_like(bag), torch.zeros_like(bag)
+    for field in [name for name in rows if name.startswith("pair")]:
+        other = place + rows[field]  # where the other one of the pair stands
+        paired = (other != place) & (other >= 0) & (other < context)
+        word = tokens.gather(1, other.clamp(0, context - 1))
+        asked = paired & (other < place)
+        for path in _paths(role, place - other, asked):
+            here = asked & (place - other == len(path) - 1)
+            for distance, number in enumerate(reversed(path)):
+                here &= role.roll(distance, 1) == number
+            kind[:, :-1][here[:, 1:]] = len(names)
+            names.append(_told(grammar, path))
+        seen = paired[:, None] & (other[:, None] <= place[:, None])  # both words of the key's pair
+        keys = bag & seen & asked.roll(-1, 1)[:, :, None]
+        match |= keys & same(word)
+        decoy |= keys & ~same(word)
     stands = (match & same(tokens)).any(2)
     return LookUps(tokens, names, kind, match, decoy, bag, stands, document)
 
 
-def _paths(grammar, role, back, bound) -> list:
-    """The roles from a parent to its child, for every way in which words are bound here."""
-    if grammar is None:
-        return [(0, 0)]
+def _paths(role, distance, asked) -> list:
+    """The roles from the first of a pair to the other, for every way in which pairs lie here."""
     found = set()
-    for sequence, child in bound.nonzero().tolist():
-        parent = child - int(back[sequence, child])
-        found.add(tuple(role[sequence, parent : child + 1].tolist()))
+    for sequence, last in asked.nonzero().tolist():
+        first = last - int(distance[sequence, last])
+        found.add(tuple(role[sequence, first : last + 1].tolist()))
     return sorted(found)
 
 
@@ -188,23 +195,32 @@ def _row(variant, head, interval, heads) -> dict:
     return place | {"value": value, "low": low, "high": high}
 
 
-def _parents(documents, grammar) -> dict:
-    """Each token's role, and how many tokens before it its parent stands, or 0."""
-    token = documents.token
+def _pairs(documents, grammar) -> dict:
+    """Each token's role, and for each habit how far from it the other one of its pair stands.
+
+    Fields pair0, pair1, ... (tokens,), 0 for a token that is in no such pair.
+    """
+    token, tokens = documents.token, documents.tokens
     if grammar is None:
-        role = torch.zeros_like(documents.tokens)
-        return {"role": role, "back": (token["position"] > 0).long()}
-    role = torch.as_tensor(grammar.role_of)[documents.tokens]
-    if documents.shapes:
-        longest = max(len(shape.roles) for shape in documents.shapes)
-        bindings = torch.full((len(documents.shapes), longest), -1)
-        for number, shape in enumerate(documents.shapes):
-            bindings[number, : len(shape.roles)] = torch.tensor(shape.binds_to)
-        parent = bindings[token["shape"], token["place"]]
-        back = (token["place"] - parent).clamp(min=0) * (parent >= 0)
-        return {"role": role, "back": back}
-    back = torch.zeros_like(role)
-    for child, parent in grammar.file.habits.items():
-        fits = (role == grammar.roles.index(child)) & (role.roll(1) == grammar.roles.index(parent))
-        back[fits & (token["position"] > 0)] = 1
-    return {"role": role, "back": back}
+        return {"role": torch.zeros_like(tokens), "pair0": -(token["position"] > 0).long()}
+    role = torch.as_tensor(grammar.role_of)[tokens]
+    fields, number = {"role": role}, {name: r for r, name in enumerate(grammar.roles)}
+    for at, (child, parent) in enumerate(grammar.file.habits.items()):
+        if documents.shapes:
+            offsets = pad_sequence([_offsets(shape, child) for shape in documents.shapes], True)
+            fields[f"pair{at}"] = offsets[token["shape"], token["place"]]
+            continue
+        fits = (role == number[child]) & (role.roll(1) == number[parent])
+        fits &= token["position"] > 0
+        fields[f"pair{at}"] = fits.roll(-1).long() - fits.long()
+    return fields if grammar.file.binding else {"role": role}
+
+
+def _offsets(shape, child: str) -> torch.Tensor:
+    """For each place of a Shape: how far the other one of its pair stands, in pairs of a child."""
+    offsets = torch.zeros(len(shape.roles), dtype=torch.int64)
+    for place, parent in enumerate(shape.binds_to):
+        if shape.roles[place] == child and parent >= 0:
+            offsets[place] = parent - place
+            offsets[parent] = place - parent
+    return offsets
