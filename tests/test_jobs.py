@@ -96,7 +96,8 @@ TINY = {
     "heads": 2,
     "context": 32,
     "batch_sequences": 4,
-    "checkpoint_count": 3,
+    "checkpoints_even": 3,
+    "checkpoints_log": 3,
     "held_out_sequences": 4,
 }
 

@@ -79,6 +79,10 @@ def test_the_recipe_is_that_of_notebook_02_in_this_profile(tmp_path):
     assert (config.layers, config.width, config.batch_sequences) == (7, 32, 16)
     assert config.learning_rate == TrainingConfig().learning_rate
     assert (config.tokens, config.seed) == (TrainingConfig().tokens, 0)
+    file = tmp_path / "mine.yaml"
+    file.write_text("profile: smoke\nwidth: 24\n")
+    own = Workspace("05_x", "smoke", tmp_path).recipe(str(file))
+    assert own["width"] == 24 and own["layers"] == 2
 
 
 def test_checkpoints_of_another_grammar_are_refused(trained):

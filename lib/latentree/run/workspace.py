@@ -51,19 +51,15 @@ class Workspace:
         """The corpus of the grammar file NAME.yaml, with this seed."""
         return load_corpus(name, self.grammars, seed)
 
-    def recipe(self, **changes) -> dict:
-        """How notebook 02 trains its models in this profile, some settings changed.
+    def recipe(self, file: str = "", **changes) -> dict:
+        """The settings of a TrainingConfig with which notebook 02 trains, some of them changed.
 
-        A dict of the settings of a TrainingConfig, for `train.jobs.plan`.
+        They are read from a `file` of its parameters; empty, from the profile's.
         """
-        given = read_yaml(self._root / f"params/{self.profile}/02_training.yaml")
+        given = read_yaml(self._root / (file or f"params/{self.profile}/02_training.yaml"))
         values = check(given, declared(self._root / "notebooks/02_training.ipynb"))
-        counts = dict.fromkeys(("checkpoints_even", "checkpoints_log"), values["checkpoint_count"])
-        left = {"tokens", "seed"}
-        known = {
-            name: values[name] for name in set(TrainingConfig.model_fields) & set(values) - left
-        }
-        return known | counts | changes
+        known = [name for name in TrainingConfig.model_fields if name in values]
+        return {name: values[name] for name in known if name != "tokens"} | changes
 
     def needs(self, corpora, seed: int = 0) -> None:
         """Raise NotTrained, which says what to do, unless each of the corpora has its model."""
