@@ -104,22 +104,20 @@ def _told(grammar, path) -> str:
 def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """Every head's look-up and role bag, and the losses, for each kind and for `all`.
 
-    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), queries.
+    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null, queries.
 
     - look-up, role bag: attention on the targets, over queries that have some; variants `head`,
       and `best`: of the best head, chosen on one half of the sequences and scored on the other,
-      both ways; `chance`: of a head that attends evenly.
-    - role bag elsewhere: the same on the role bags of another sequence: what places alone explain,
-      where sentences have a rhythm.
+      both ways. The null is the larger of two: a head that attends evenly, and what the same head
+      pays to the targets of another sequence, which its places alone explain.
     - decoys: what a head pays to a decoy over what it pays to a match, per key, over queries that
       have both: 1 is a head that cannot tell them apart.
     - loss, nats: variants `stands` (the next word is among the matches), `matched`, `unmatched`.
 
-    Every corpus has the kind `all` with the role bag and the loss; look-ups and decoys are there
-    if words are bound.
+    Every corpus has the kind `all` with the role bag; the rest is there if words are pairs.
     """
-    elsewhere = look_ups.bag.roll(1, 0)  # of another sequence
-    masks = torch.stack([look_ups.match, look_ups.decoy, look_ups.bag, elsewhere], -1)
+    masks = torch.stack([look_ups.match, look_ups.decoy, look_ups.bag], -1)
+    masks = torch.cat([masks, masks.roll(1, 0)], -1)  # and those of another sequence
     parts, losses = [], []
     for first in range(0, len(look_ups.tokens), rows):
         on, found = masks[first : first + rows].float(), []
@@ -135,34 +133,35 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     paid, keys = torch.cat(parts), masks.sum(2)
     losses, heads = pad(torch.cat(losses), (0, 1)), model.config.num_attention_heads
     every = torch.ones_like(look_ups.kind, dtype=torch.bool)
-    tables = []
-    for number, score in ((2, "role bag"), (3, "role bag elsewhere")):
-        found = _scored(score, paid[..., number], keys[..., number], every, heads)
-        tables.append(found.assign(kind="all"))
-    names = [*enumerate(look_ups.kinds), (-1, "all")] if look_ups.kinds else []
-    for number, kind in names:
+    tables = [
+        _scored("role bag", paid[..., 2::3], keys[..., 2::3], every, heads).assign(kind="all")
+    ]
+    for number, kind in [*enumerate(look_ups.kinds), (-1, "all")] if look_ups.kinds else []:
         here = look_ups.kind == number if number >= 0 else look_ups.kind >= 0
         found = [
-            _scored("look-up", paid[..., 0], keys[..., 0], here, heads),
+            _scored("look-up", paid[..., 0::3], keys[..., 0::3], here, heads),
             _decoys(paid, keys, here, heads),
             _losses(losses, look_ups, here),
         ]
         tables.append(pd.concat(found).assign(kind=kind))
     table = pd.concat(tables, ignore_index=True)
-    return table[["kind", "score", "variant", "layer", "head", "value", "low", "high", "queries"]]
+    first = ["kind", "score", "variant", "layer", "head", "value", "low", "high"]
+    return table[[*first, "null", "queries"]]
 
 
 def _scored(score, paid, keys, here, heads) -> pd.DataFrame:
-    """Rows of one score: paid (sequence, query, head), keys and here (sequence, query)."""
-    here = here & (keys > 0)
-    sums, counts = (paid * here[..., None]).sum(1), here.sum(1)
-    each = torch.stack(ratio(sums, counts[:, None]))
+    """Rows of one score: paid (sequence, query, head, own or other's targets), keys without heads."""
+    here = torch.stack([here, here.roll(1, 0)], -1) & (keys > 0)
+    sums, counts = (paid * here[:, :, None]).sum(1), here.sum(1)
+    each = torch.stack(ratio(sums[..., 0], counts[:, :1]))
+    elsewhere = sums[..., 1].sum(0) / counts[:, 1].sum()
+    even = keys[..., 0] / torch.arange(1, keys.shape[1] + 1)
+    null = elsewhere.clamp(min=float(even[here[..., 0]].mean()))
     found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
-    *interval, _ = choose_and_score(sums, counts)
+    *interval, _ = choose_and_score(sums[..., 0], counts[:, 0])
     found.append(_row("best", int(each[0].argmax()), interval, heads))
-    even = keys / torch.arange(1, keys.shape[1] + 1)
-    found.append(_row("chance", -1, ratio((even * here).sum(1), counts), heads))
-    return pd.DataFrame(found).assign(score=score, queries=int(counts.sum()))
+    nulls = [*null.tolist(), float(null[each[0].argmax()])]
+    return pd.DataFrame(found).assign(score=score, null=nulls, queries=int(counts[:, 0].sum()))
 
 
 def _decoys(paid, keys, here, heads) -> pd.DataFrame:
@@ -172,7 +171,7 @@ def _decoys(paid, keys, here, heads) -> pd.DataFrame:
     match, decoy = (per_key * both[..., None, None]).sum(1).unbind(-1)
     each = torch.stack(ratio(decoy, match))
     found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
-    return pd.DataFrame(found).assign(score="decoys", queries=int(both.sum()))
+    return pd.DataFrame(found).assign(score="decoys", null=1.0, queries=int(both.sum()))
 
 
 def _losses(losses, look_ups, here) -> pd.DataFrame:
@@ -184,7 +183,7 @@ def _losses(losses, look_ups, here) -> pd.DataFrame:
         where = here & where
         interval = ratio((losses * where).sum(1), where.sum(1))
         found.append(_row(name, -1, interval, 1) | {"queries": int(where.sum())})
-    return pd.DataFrame(found).assign(score="loss")
+    return pd.DataFrame(found).assign(score="loss", null=float("nan"))
 
 
 def _row(variant, head, interval, heads) -> dict:
