@@ -20,7 +20,7 @@ from latentree.measure.induction import (
     in_context_gain,
     measure,
 )
-from latentree.measure.stimuli import BOUND, LONGEST, RELEASED, Stimulus, stimuli
+from latentree.measure.stimuli import LONGEST, RELEASED, Stimulus, stimuli
 from latentree.train.model import build_model
 
 torch.set_num_threads(1)
@@ -189,7 +189,7 @@ def test_stimuli_of_every_kind_of_corpus():
     chain = Chain(grammar, order=1, sample_tokens=2000)
     for corpus in (grammar, chain, HashedTables(vocabulary_size=30, tables=4)):
         made = stimuli(corpus, 5, 20, seed=3)
-        natural, legal, random = made.values()
+        natural, legal, random = (made[n] for n in ("natural", "legal repeat", "random repeat"))
         for stimulus in made.values():
             assert stimulus.tokens.shape == (5, 20) and stimulus.tokens.min() >= 0
             assert stimulus.tokens.max() < corpus.vocabulary_size
@@ -204,29 +204,15 @@ def test_stimuli_of_every_kind_of_corpus():
         stimuli(grammar, 5, 21)
 
 
-def test_queries_before_a_bound_word():
-    corpus = GrammarProcess(make(binding=1.0, habits={"verb": "noun"}))
-    chain = Chain(corpus, order=2, sample_tokens=5000)
-    roles, words = corpus.grammar.roles, corpus.grammar.words
-    nouns, verbs = (set(words[roles.index(role)].tolist()) for role in ("noun", "verb"))
-    for each in (corpus, chain):
-        made = stimuli(each, 6, 20, grammar=corpus.grammar)
-        natural, legal = made["natural"], made["legal repeat"]
-        for row, marks in zip(natural.tokens.tolist(), natural.bound.tolist(), strict=True):
-            pairs = zip(row, [*row[1:], -1], strict=True)
-            assert marks == [a in nouns and b in verbs for a, b in pairs]
-        # What follows the last token of a copy is not what followed it in the document.
-        assert torch.equal(legal.bound[:, :9], natural.bound[:, :9]) and not legal.bound[:, 9].any()
-        assert torch.equal(legal.bound[:, 10:], legal.bound[:, :10]) and legal.bound.any()
-    assert stimuli(chain, 6, 20)["natural"].bound is None
-    # The score counts these queries only.
-    attention = attending(natural, lambda s, q: [j + 1 for j in range(q) if natural.bound[s, q]])
-    found, names = scores(attention, natural), natural.targets.names
-    queries = dict(zip(names, natural.targets.queries.sum(0).tolist(), strict=True))
-    assert queries[BOUND, 0] == (natural.matched & natural.bound).sum() < queries["induction", 0]
-    total = found["induction", 0] * queries["induction", 0]
-    assert found[BOUND, 0] * queries[BOUND, 0] == pytest.approx(total) and total > 0
-    assert sum(queries[BOUND, n] for n in range(1, 11)) >= queries[BOUND, 0]
+def test_a_skeleton_repeat_keeps_the_roles_and_draws_words_evenly():
+    corpus = load_corpus("bound")
+    made = stimuli(corpus, 200, 60)
+    role_of = torch.as_tensor(corpus.grammar.role_of)
+    skeleton, natural = made["skeleton repeat"].tokens, made["natural"].tokens
+    assert torch.equal(role_of[skeleton[:, :30]], role_of[natural[:, :30]])
+    assert torch.equal(skeleton[:, :30], skeleton[:, 30:])
+    subjects = torch.bincount(skeleton[role_of[skeleton] == 0], minlength=12).double()
+    assert abs(subjects / subjects.sum() - 1 / 12).max() < 0.02
 
 
 def test_emergence_step():

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from latentree.data.corpus import held_out
 
 LONGEST = 10  # orders of matches that are told apart
-BOUND = "induction before a bound word"
 RELEASED = "duplicate-token, as released"
 
 
@@ -50,14 +49,12 @@ class Stimulus:
     """Tokens (sequence, position) to run a model on.
 
     `document` (sequence, position) numbers the documents, if matches count within one only;
-    `period` is the length in tokens of what is repeated, if something is; `bound` (sequence,
-    position) marks the queries whose own word calls for the next one, if some do.
+    `period` is the length in tokens of what is repeated, if something is.
     """
 
     tokens: torch.Tensor
     document: torch.Tensor | None = None
     period: int | None = None
-    bound: torch.Tensor | None = None
 
     @cached_property
     def orders(self) -> torch.Tensor:
@@ -82,7 +79,6 @@ class Stimulus:
         """The targets of each score.
 
         - induction: what followed the matches of exclusive order 1 to LONGEST; order 0: of any.
-        - induction before a bound word: the same, for the queries that `bound` marks.
         - duplicate-token: the matches themselves, of any order.
         - previous-token: the token before the query.
         - in a repeat, what the release calls induction of order k: the same token one period
@@ -100,8 +96,6 @@ class Stimulus:
         for n in range(LONGEST + 1):
             goals = followed == n if n else followed > 0
             add("induction", n, goals)
-            if self.bound is not None:
-                add(BOUND, n, goals & self.bound[:, :, None])
         add("duplicate-token", 0, self.orders > 0)
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         back = (place[:, None] - place).expand_as(self.orders)
@@ -111,18 +105,17 @@ class Stimulus:
         return Targets(names, torch.cat(entries, 1), torch.stack(queries, 1))
 
 
-def stimuli(
-    corpus, sequences: int, context: int, seed: int = 0, grammar=None
-) -> dict[str, Stimulus]:
-    """Three kinds of `sequences` sequences of `context` tokens.
+def stimuli(corpus, sequences: int, context: int, seed: int = 0) -> dict[str, Stimulus]:
+    """Kinds of `sequences` sequences of `context` tokens, by name.
 
     - natural: held-out documents, as many as fill the context.
     - legal repeat: the first half of a natural one, twice.
-    - random repeat: a row of tokens drawn uniformly from the vocabulary with `seed`, twice.
+    - skeleton repeat, of a corpus with a grammar: the roles of that half, with words drawn
+      uniformly from each role, twice.
+    - random repeat: a row of tokens drawn uniformly from the vocabulary, twice.
 
-    `grammar` tells which words call for the next one: the corpus' own, if it has one, else none;
-    give a control without a grammar that of the corpus it is compared with.
-    Raises ValueError for an odd context, or less than 2 sequences of 4 tokens.
+    Words are drawn with `seed`. Raises ValueError for an odd context, or less than 2 sequences of 4
+    tokens.
     """
     if context % 2 or context < 4 or sequences < 2:
         raise ValueError(
@@ -131,20 +124,19 @@ def stimuli(
         )
     half, natural = context // 2, held_out(corpus, sequences, context)
     tokens = natural["tokens"]
-    bound = bound_queries(grammar or corpus.grammar, tokens)
-    repeated = None
-    if bound is not None:
-        repeated = bound[:, :half].clone()
-        repeated[:, -1] = False  # what follows the end of a copy is not what followed it there
-        repeated = repeated.repeat(1, 2)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(corpus.vocabulary_size, (sequences, half), generator=generator)
-    legal = tokens[:, :half].repeat(1, 2)
-    return {
-        "natural": Stimulus(tokens, natural["document"], bound=bound),
-        "legal repeat": Stimulus(legal, period=half, bound=repeated),
-        "random repeat": Stimulus(drawn.repeat(1, 2), period=half),
-    }
+    repeated = {"legal repeat": tokens[:, :half], "random repeat": drawn}
+    if corpus.grammar:
+        role = natural["role"][:, :half]
+        begins = torch.tensor([words[0] for words in corpus.grammar.words])[role]
+        sizes = torch.as_tensor(corpus.grammar.sizes)[role]
+        share = torch.rand(role.shape, generator=generator, dtype=torch.float64)
+        repeated["skeleton repeat"] = begins + (share * sizes).long()
+    found = {"natural": Stimulus(tokens, natural["document"])}
+    for name, once in repeated.items():
+        found[name] = Stimulus(once.repeat(1, 2), period=half)
+    return found
 
 
 def bound_queries(grammar, tokens) -> torch.Tensor | None:
