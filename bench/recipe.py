@@ -28,6 +28,7 @@ from latentree.train.jobs import usable_cores
 from latentree.train.training import TrainingConfig, evaluate, train
 from tqdm.auto import tqdm
 
+SHARE = "share of the reader's gain"
 EVERY = 50_000  # tokens between checkpoints
 SEQUENCES = 128  # held out
 DIRECT = ("subject to verb", "verb to object")
@@ -57,9 +58,10 @@ CHANGES = {
     "the settings before": BEFORE,
 }
 ELSEWHERE = [
-    *[("bound", data, seed, {}) for data in (1, 2, 3, 4) for seed in (5, 6, 7, 8, 9)],
+    *[("bound", data, seed, {}) for data in (1, 2, 3, 4) for seed in (5, 6, 7)],
     *[("bound", 0, seed, {"mlp_width": 0}) for seed in (0, 1, 2)],
     *[(name, 0, 0, {}) for name in ("bound-flat", "bound-static", "bound-order3")],
+    *[("treeless", 0, seed, {}) for seed in (0, 1, 2)],
     *[("sectioned", 0, seed, {}) for seed in (0, 1, 2)],
     *[("released-small", 0, seed, {"tokens": 3_000_000}) for seed in (0, 1, 2)],
     *[("released-small", 0, seed, {"tokens": 3_000_000, "mlp_width": 0}) for seed in (0, 1, 2)],
@@ -106,10 +108,14 @@ def criterion(series, shown):
 def known_losses(name, corpus_seed, context):
     """Exact losses on the held-out sequences: without latents, and of the best reader there is.
 
-    For `sectioned`, whose ideal reader is not known, of the predictor that knows its latents; for
-    the two-level process, without any earlier token.
+    Where the ideal reader is not known (`sectioned`, treeless text) or the latents are in the
+    weights (static), of the predictor that knows them; of the chain, without and with its context;
+    for the two-level process, without any earlier token.
     """
     corpus = corpus_of(name, corpus_seed)
+    if corpus.kind in ("n-gram", "treeless"):
+        losses = corpus.losses()
+        return losses[0], losses[-1]
     if name == "two-level":
         tokens = held_out(corpus, SEQUENCES, context)["tokens"]
         nothing = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -117,7 +123,7 @@ def known_losses(name, corpus_seed, context):
     else:
         rows = held_out_with_references(corpus, SEQUENCES, context)
         best = rows["latent_aware"]
-        if name != "sectioned":
+        if name != "sectioned" and corpus.kind != "static":
             best = reader_losses(corpus, rows, rows["role_loss"])
         both = [rows["syntax_only"], best]
     return [float(losses[:, 1:].mean()) for losses in both]
@@ -148,21 +154,31 @@ def elsewhere():
         rows.append([task[0], task[1], task[3].get("mlp_width", 128), *result])
     columns = ["corpus", "corpus seed", "MLP", "tokens", "seconds", "loss"]
     table = pd.DataFrame(rows, columns=columns)
-    table["share of the reader's gain"] = float("nan")
+    table[SHARE] = float("nan")
     for (name, seed), part in table.groupby(["corpus", "corpus seed"]):
         without, reader = known_losses(name, seed, 128)
-        table.loc[part.index, "share of the reader's gain"] = (without - part.loss) / (
-            without - reader
-        )
+        table.loc[part.index, SHARE] = (without - part.loss) / (without - reader)
     return table
+
+
+def summary(table):
+    """Medians and ranges over the trainings on each corpus, as text."""
+    rows = []
+    for (name, mlp), part in table.groupby(["corpus", "MLP"], sort=False):
+        row = {"corpus": name, "MLP": mlp, "trainings": len(part)}
+        row["reached"] = int(part.tokens.notna().sum())
+        for column in ("tokens", "seconds", "loss", SHARE):
+            low, middle, high = part[column].quantile([0, 0.5, 1])
+            row[column] = "" if middle != middle else f"{middle:.3g} ({low:.3g} to {high:.3g})"
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def main():
     if sys.argv[1:] == ["elsewhere"]:
         table = elsewhere()
-        print(table.round(3).to_markdown(index=False))
-        table = table.drop(columns="corpus seed").groupby(["corpus", "MLP"], sort=False)
-        print(table.agg(["median", "min", "max", "count"]).round(3).T.to_markdown())
+        print(table.round(3).to_markdown(index=False), "\n")
+        print(summary(table).to_markdown(index=False))
     else:
         print(ablations().to_markdown(index=False))
 

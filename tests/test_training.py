@@ -264,6 +264,25 @@ def test_queries_and_keys_have_a_rate_of_their_own():
             assert rate_of[id(part.weight)] == (0.04 if name in ("q_proj", "k_proj") else 0.01)
 
 
+def test_resampled_attention_changes_the_training_and_resumes_exactly(
+    finished, tmp_path, monkeypatch
+):
+    settings = {"resampled_attention": 0.5}
+    whole = small(tmp_path / "whole", **settings)
+    assert abs(whole.loss - pd.read_csv(finished / "losses.csv").loss).max() > 0.01
+    schedule = rate_share
+
+    def interrupted(step, *more):
+        return 1 / 0 if step == 13 else schedule(step, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "rate_share", interrupted)
+        with pytest.raises(ZeroDivisionError):
+            small(tmp_path / "parts", **settings)
+    small(tmp_path / "parts", **settings)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
 def test_a_model_of_attention_only_is_trained_and_read_back(tmp_path):
     small(tmp_path, mlp_width=0)
     model = LocalSeries(tmp_path).load(24)

@@ -8,21 +8,27 @@ centred logit. All is in logits, on the true next token of a scored position (do
 The mean is over the vocabulary, or over the words of t's role. The choice matters: a model may
 raise all words of a role together, as its final stream grows longer. At the frozen scale that looks
 like compensation, which the norm then takes back; among these words it cancels.
+
+REPAIR is asked by a conjunction: something is removed, later parts give some of it back on average,
+and more than where as long a random direction was taken away. The slope of what is given back on
+what was removed does not decide it: a part that repairs in proportion repairs random losses, too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import theilslopes
 
 from latentree.evidence.intervals import bootstrap, ratio, t_interval
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
 
+_TOLD = ("removed", "total", "compensation")
 _WAYS = ("resample", "anywhere", "mean", "zero", "random")
 _POINTS = ("stream", "z", "attention", "mlp", "normed")
 _PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
@@ -31,40 +37,25 @@ _PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("m
 def measure(model, stimulus, among="vocabulary", kinds=("layer", "attention")) -> pd.DataFrame:
     """All components of these kinds, each resampled on its own (`Ablations`): a table for sweep().
 
-    `value` in logits, `low` and `high` bound 95 % over `n` sequences (Student's t; slope and R2:
+    `value` in logits, `low` and `high` bound 95 % over `n` sequences (Student's t; slope:
     bootstrap). Quantities, by `ablated` kind and `layer`: change of the direct effect of a later
-    layer, `responding` (-1 in the other rows); removed, total, compensation; self-repair by
-    attention, by mlp, by norm, and as a fraction of the mean removed direct effect; slope and R2 of
-    compensation on what is removed, over sequences. A slope above 0 is the Hydra effect.
+    layer, `responding` (-1 in the other rows); removed, total, compensation; slope of compensation
+    on what is removed, over sequences.
     """
     runs, rows = Ablations(model, stimulus, among=among), []
     for kind, layer in product(kinds, range(runs.inside.layers)):
         found = runs.ablate(kind, layer)
-        quantities = _quantities(found)
+        quantities = {(-1, name): getattr(found, name) for name in _TOLD}
+        for later in range(layer + 1, runs.inside.layers):
+            quantities[later, "change"] = found.responses[:, later]
         values = torch.stack([*quantities.values()], 1)
         intervals = torch.stack(ratio(values, torch.ones_like(values)), 1).tolist()
         intervals = dict(zip(quantities, intervals))
         if found.compensation.any():  # something comes later
             intervals[-1, "slope"] = bootstrap(found.pairs, slope, draws=500)
-            intervals[-1, "R2"] = bootstrap(found.pairs, _r_squared, draws=500)
         rows += [(kind, layer, *label, *interval) for label, interval in intervals.items()]
     columns = ["ablated", "layer", "responding", "quantity", "value", "low", "high"]
     return pd.DataFrame(rows, columns=columns).assign(among=among, n=len(stimulus.at))
-
-
-def _quantities(found: Response) -> dict:
-    """{(responding layer or -1, quantity): values (sequence,)} of a replaced component."""
-    rows = {(-1, name): getattr(found, name) for name in ("removed", "total", "compensation")}
-    parts = {"attention": found.attention.sum(1), "mlp": found.mlp.sum(1), "norm": found.norm}
-    removed = found.removed.mean()
-    for name, part in parts.items():
-        share = part.mean() / removed
-        rows[-1, f"self-repair by {name}"] = part
-        # Its mean is the share, and its spread that of the linearised ratio (Cochran 1977, 6.4).
-        rows[-1, f"fraction by {name}"] = share + (part - share * found.removed) / removed
-    for layer in range(found.layer + 1, found.mlp.shape[1]):
-        rows[layer, "change"] = found.responses[:, layer]
-    return rows
 
 
 def slope(pairs) -> np.ndarray:
@@ -74,23 +65,54 @@ def slope(pairs) -> np.ndarray:
         return (x * y).sum(1) / (x * x).sum(1)
 
 
-def _r_squared(pairs) -> np.ndarray:
-    """Shares of explained variance (draws,) of the same regressions."""
-    return slope(pairs) * slope(pairs[..., ::-1])
+def repair_terms(model, stimulus, among="vocabulary", draws=3) -> np.ndarray:
+    """What replacing each layer's attention removes, and what later parts give back.
 
-
-def most_repaired(runs: Ablations, least: float = 0.05) -> tuple[Response | None, np.ndarray]:
-    """The attention layer whose loss is best made up for, and which sequences (sequence,) score it.
-
-    It is chosen on every other sequence, by the highest correlation of compensation with what is
-    removed, among the layers where more than `least` logits are removed (lower end of the mean's
-    95 %); None if there is none. The last layer, after which too little comes, is left out.
+    (layer, sequence, 3) in logits: removed, compensation, and the compensation where as long a
+    random direction is taken away, the mean of `draws` of them.
     """
-    chooses = np.arange(len(runs.clean.logit)) % 2 == 0
-    found = [runs.ablate("attention", layer) for layer in range(runs.inside.layers - 1)]
-    matter = [one for one in found if t_interval(one.removed[chooses])[1] > least]
-    best = max(matter, key=lambda one: np.corrcoef(one.pairs[chooses].T)[0, 1], default=None)
-    return best, ~chooses
+    runs, disturbed = Ablations(model, stimulus, among=among), []
+    for draw in range(draws):
+        shown = replace(stimulus, seed=stimulus.seed + 1000 * draw)
+        disturbed.append(Ablations(model, shown, "random", among=among))
+    terms = []
+    for layer in range(runs.inside.layers):
+        found = runs.ablate("attention", layer)
+        others = [one.ablate("attention", layer).compensation for one in disturbed]
+        random = torch.stack(others).mean(0)
+        terms.append(torch.stack([found.removed, found.compensation, random], 1))
+    return torch.stack(terms).numpy()
+
+
+def given_back(terms) -> np.ndarray:
+    """Share of what was removed that later parts give back (draws,), of (draws, sequence, 3).
+
+    The smaller of mean compensation and mean compensation beyond a random direction's, over what
+    was removed: above 0 only if all three of a repair's conditions hold, where something is.
+    """
+    removed, compensation, random = np.moveaxis(terms.mean(1), -1, 0)
+    return np.minimum(compensation, compensation - random) / removed
+
+
+def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
+    """`repair_terms` of every attention layer as a table for sweep().
+
+    Columns layer, quantity, value, low, high (95 % over sequences), n. Quantities removed,
+    compensation, random (logits), given back (a share, `given_back`), and two slopes of
+    compensation on what was removed: slope, by least squares, and Theil-Sen's, which outliers do
+    not move.
+    """
+    rows = []
+    for layer, terms in enumerate(repair_terms(model, stimulus, among, draws)):
+        found = dict(zip(("removed", "compensation", "random"), map(t_interval, terms.T)))
+        if terms[:, 1].any():  # something comes later
+            found["given back"] = bootstrap(terms, given_back, draws=500)
+            found["slope"] = bootstrap(terms[:, :2], slope, draws=500)
+            middle, _, low, high = theilslopes(terms[:, 1], terms[:, 0])
+            found["Theil-Sen"] = (middle, low, high)
+        rows += [(layer, quantity, *interval) for quantity, interval in found.items()]
+    columns = ["layer", "quantity", "value", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).assign(n=len(stimulus.at))
 
 
 @dataclass

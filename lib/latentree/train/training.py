@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from latentree.data.corpus import Stream
 from latentree.data.files import write_text
+from latentree.inside.names import Internals
 from latentree.series.checkpoints import IDENTITY, checkpoint_steps, read_identity, save_checkpoint
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
@@ -53,6 +54,8 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     warmup: float = Field(0.03, ge=0, lt=1)  # fraction of the steps
     decay: float = Field(0.6, ge=0, le=1)  # fraction of the steps, at the end
     gradient_clip: PositiveFloat = 1.0  # largest norm of the gradient
+    # share of the places where an attention's output is another sequence's, in training only
+    resampled_attention: float = Field(0.0, ge=0, lt=1)
     checkpoints_even: NonNegativeInt = 10
     checkpoints_log: NonNegativeInt = 10
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights
@@ -166,6 +169,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         vocabulary_size=corpus.vocabulary_size, seed=config.seed, end=corpus.end, **config.sizes()
     )
     card = {"corpus": corpus.name, "parameters": model.num_parameters()}
+    noise = _resample_attention(model, config)
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
     forward = torch.compile(model) if config.compiled else model
     held_out = held_out.to(device)
@@ -193,6 +197,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
+        noise.manual_seed((config.seed * 2**32 + run.step) % 2**63)
         parts = stream.next_batch().chunk(config.micro_batches)
         loss = _backward(accelerator, model, forward, parts)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
@@ -229,6 +234,25 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         write_text(folder / CARD, json.dumps(card, indent=1))
         (folder / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+
+
+def _resample_attention(model, config) -> torch.Generator:
+    """Let attentions give another sequence's output at some places, while the model is trained.
+
+    Later parts then learn to do without. Returns what draws the places.
+    """
+    noise = torch.Generator()
+
+    def resample(module, inputs, output):
+        if module.training:
+            chosen = torch.rand(output.shape[:2], generator=noise) < config.resampled_attention
+            return torch.where(chosen.to(output.device)[..., None], output.roll(1, 0), output)
+
+    if config.resampled_attention:
+        inside = Internals(model)
+        for layer in range(inside.layers):
+            inside.attention_written(layer).register_forward_hook(resample)
+    return noise
 
 
 def _backward(accelerator, model, forward, parts):
