@@ -248,14 +248,17 @@ class Ablations:
         )
 
     @torch.no_grad()
-    def ablate(self, kind: str, layer: int, head: int = -1) -> Response:
-        """One run in which what a `layer`, its `attention`, `mlp` or `head` adds is replaced."""
+    def ablate(self, kind: str, layer: int, head: int = -1, also=None) -> Response:
+        """One run in which what a `layer`, its `attention`, `mlp` or `head` adds is replaced.
+
+        `also` are further changes of this run, as `trace.run` takes them.
+        """
         new = self.replacement(kind, layer, head)
 
         def put(point):
             return lambda written: new[point]
 
-        change = {(point, layer): put(point) for point in new}
+        change = {(point, layer): put(point) for point in new} | (also or {})
         written = run(self.model, self.tokens, _POINTS, change, **self.inputs)
         if "cache" in self.written:
             self.written["cache"].crop(-1)  # which this run has made one position longer
