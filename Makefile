@@ -5,7 +5,7 @@
 # make solutions  executes the notebooks with their solutions and checks at smoke scale, in minutes
 # make lab        opens JupyterLab: notebooks/, and exercises/ if they are there
 # make book       builds the notebooks as a book, build/book/html/index.html
-# make bench      times the main steps on this machine
+# make bench      times the main steps on this machine, and what each part of the training recipe is worth
 # make cluster    submits a profile's notebooks to SLURM; ACCOUNT and PARTITION are options, or stand in cluster.mk
 # For who maintains it:
 # make reading    takes over outputs/laptop into the reading copy that git keeps; one notebook with NOTEBOOK=03
@@ -47,6 +47,7 @@ book: .venv/.has-book
 
 bench: .venv/.has-run
 	.venv/bin/python bench/speed.py
+	.venv/bin/python bench/recipe.py
 
 cluster: .venv/.has-cluster
 	.venv/bin/python -m snakemake --profile profiles/slurm --config profile=$(PROFILE) gpus=$(GPUS) \

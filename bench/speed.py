@@ -30,7 +30,9 @@ from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers
 from latentree.train.training import TrainingConfig
 
-SIZES = "architecture layers width heads context batch_sequences optimizer".split()
+SIZES = (
+    "architecture layers width heads mlp_width context batch_sequences packing optimizer".split()
+)
 GIGA = 1e9
 
 
@@ -89,10 +91,8 @@ def matrix_peak(size=1024):
 
 def flops_per_token(config, vocabulary):
     """Of a training step: 6 for each weight of a matrix product, and attention's 12 x layers x width x context / 2."""
-    mlp = config.mlp_width or 4 * config.width
-    weights = (
-        config.layers * (4 * config.width**2 + 3 * config.width * mlp) + vocabulary * config.width
-    )
+    block = 4 * config.width**2 + 3 * config.width * config.mlp_width
+    weights = config.layers * block + vocabulary * config.width
     return 6 * weights + 6 * config.layers * config.width * config.context
 
 

@@ -3,6 +3,7 @@
 from itertools import combinations, product
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from latentree.evidence.intervals import (
     bootstrap,
     holm,
+    over_seeds,
     paired,
     ratio,
     recovered_share,
@@ -106,3 +108,21 @@ def test_holm_closes_bonferronis_test(p):
             adjusted = min(1, size * min(p[i] for i in chosen))
             expected[list(chosen)] = np.maximum(expected[list(chosen)], adjusted)
     np.testing.assert_allclose(holm(p), expected, rtol=1e-12)
+
+
+def test_over_seeds_takes_means_and_leaves_single_seeds_as_they_were():
+    rows = []
+    for seed, value in enumerate((1.0, 2.0, 6.0)):
+        rows.append(["a", 0, seed, value, value - 9, value + 9, 0.1 * seed, "x"])
+    rows.append(["b", 0, 0, 5.0, 4.0, 7.0, 0.5, "y"])
+    columns = ["corpus", "step", "seed", "value", "low", "high", "null", "told"]
+    table = pd.DataFrame(rows, columns=columns)
+    found = over_seeds(table, ["corpus", "step"]).set_index("corpus")
+    assert found.loc["a", ["value", "low", "high"]].tolist() == [3.0, 1.0, 6.0]
+    assert found.loc["a", "null"] == pytest.approx(0.1)
+    assert found.loc["b", ["value", "low", "high", "null"]].tolist() == [5.0, 4.0, 7.0, 0.5]
+    assert found.over.tolist() == ["seeds", "sequences"] and found.seeds.tolist() == [3, 1]
+    assert found.told.tolist() == ["x", "y"]
+    exact = over_seeds(table, ["corpus", "step"], "t").set_index("corpus")
+    expected = t_interval([1.0, 2.0, 6.0])
+    assert exact.loc["a", ["value", "low", "high"]].tolist() == pytest.approx(list(expected))

@@ -94,6 +94,19 @@ def given_back(terms) -> np.ndarray:
     return np.minimum(compensation, compensation - random) / removed
 
 
+def judged_half(terms, least: float, choose=np.nanargmax):
+    """`repair_terms` (sequence, 3) of one layer, chosen on every other sequence, on the rest.
+
+    `choose` names the layer by its share given back, among those where more than `least` logits are
+    removed (lower end of the mean's 95 %). None if there is none.
+    """
+    half = terms[:, ::2]
+    enough = np.array([t_interval(layer[:, 0])[1] > least for layer in half])
+    if not enough.any():
+        return None
+    return terms[choose(np.where(enough, given_back(half), np.nan)), 1::2]
+
+
 def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
     """`repair_terms` of every attention layer as a table for sweep().
 
