@@ -216,3 +216,11 @@ def test_counts_predictor_by_hand():
     by_hand = (pairs + a * (word + b / 4) / (role + b)) / (follows + a)
     assert np.allclose(losses[0], -np.log(by_hand), atol=1e-6)
     assert all(value > 0 for value in fit_smoothing(windows, [4]))
+
+
+def test_looking_back_is_worth_nothing_in_single_flat_clauses():
+    grammar = load_corpus("clauses-flat").grammar
+    without = expected(grammar).iloc[-1].syntax_only
+    assert in_sentence(grammar) == pytest.approx(without, abs=1e-12)
+    longer = load_corpus("bound-flat").grammar
+    assert in_sentence(longer) < expected(longer).iloc[-1].syntax_only - 0.04
