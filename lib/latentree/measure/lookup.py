@@ -149,6 +149,38 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     return table[[*first, "null", "queries"]]
 
 
+def of_keys(keys, look_ups: LookUps) -> dict:
+    """The scores of a head that attends evenly to its keys (sequence, query, key), booleans.
+
+    look-up, decoys (over matches, per key), role bag, and role bag elsewhere: on the role bags of
+    another sequence. NaN for the decoys of a head that never attends to a match.
+    """
+    pattern = keys.double() / keys.sum(2, keepdim=True).clamp(min=1)
+    match, decoy, bag = look_ups.match, look_ups.decoy, look_ups.bag
+
+    def paid(targets, queries):
+        each = (pattern * targets).sum(2) / targets.sum(2).clamp(min=1)
+        return each[queries].mean(), (pattern * targets).sum(2)[queries].mean()
+
+    both, other = match.any(2) & decoy.any(2), bag.roll(1, 0)
+    to_decoy, to_match = paid(decoy, both)[0], paid(match, both)[0]
+    scores = {"look-up": paid(match, match.any(2))[1], "decoys": to_decoy / to_match}
+    scores["role bag"] = paid(bag, bag.any(2))[1]
+    scores["role bag elsewhere"] = paid(other, other.any(2))[1]
+    return {name: float(score) for name, score in scores.items()}
+
+
+def perfect(look_ups: LookUps) -> dict:
+    """What a perfect head has beyond another sequence's targets, {score: share}, for each score."""
+    reach = {}
+    for score, targets in (("look-up", look_ups.match), ("role bag", look_ups.bag)):
+        if targets.any():
+            pattern = targets.double() / targets.sum(2, keepdim=True).clamp(min=1)
+            other = targets.roll(1, 0)
+            reach[score] = 1 - float((pattern * other).sum(2)[other.any(2)].mean())
+    return reach
+
+
 def _scored(score, paid, keys, here, heads) -> pd.DataFrame:
     """Rows of one score: paid (sequence, query, head, own or other's targets), keys without heads."""
     here = torch.stack([here, here.roll(1, 0)], -1) & (keys > 0)
