@@ -174,3 +174,20 @@ def test_a_chain_is_read_by_the_grammar_whose_words_it_has():
     roles = list(grammar.roles)
     assert (role[sequence, query] == roles.index("verb")).all()
     assert (role[sequence, query + 1] == roles.index("object")).all()
+
+
+def test_the_scores_of_keys_are_those_of_a_head_with_this_attention(shown, scores):
+    for number, (name, keys) in enumerate(hand_made(shown).items()):
+        found = lookup.of_keys(keys, shown)
+        measured = value(scores, "look-up", head=number, variant="head")
+        assert found["look-up"] == pytest.approx(measured, abs=0.03), name
+        if name in ("role bag", "position"):  # the others rest on the first token at times
+            measured = value(scores, "role bag", head=number, variant="head")
+            assert found["role bag"] == pytest.approx(measured, abs=0.03), name
+        if name != "duplicate":  # whose ratio is of nothing
+            assert found["decoys"] == pytest.approx(value(scores, "decoys", head=number), abs=0.05)
+    reach = lookup.perfect(shown)
+    assert reach["look-up"] == pytest.approx(
+        1 - null(scores, "look-up", head=0, variant="head"), abs=0.03
+    )
+    assert 0.2 < reach["role bag"] < 0.6

@@ -150,11 +150,12 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
 
 
 def of_keys(keys, look_ups: LookUps) -> dict:
-    """The scores of a head that attends evenly to its keys (sequence, query, key), booleans.
+    """The scores of a head that attends evenly to its keys ((sequence,) query, key), booleans.
 
     look-up, decoys (over matches, per key), role bag, and role bag elsewhere: on the role bags of
     another sequence. NaN for the decoys of a head that never attends to a match.
     """
+    keys = keys.expand_as(look_ups.match)
     pattern = keys.double() / keys.sum(2, keepdim=True).clamp(min=1)
     match, decoy, bag = look_ups.match, look_ups.decoy, look_ups.bag
 
