@@ -18,6 +18,7 @@ LIBRARY = .venv/bin/python -m latentree
 -include cluster.mk
 
 run: .venv/.has-run
+	$(LIBRARY).run.trainings --params params/$(PROFILE) --out outputs/$(PROFILE)
 	.venv/bin/python -m snakemake --profile profiles/local --config profile=$(PROFILE)
 
 test: .venv/.has-test browser

@@ -36,9 +36,8 @@ CORES = workflow.cores or 2  # a cluster does not say how many it has
 SLURM = {f"slurm_{name}": config[name] for name in ("account", "partition") if name in config}
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 
-# On CPUs all trainings of all notebooks run in one pool, before the notebooks. With GPUs each training of notebook 02 is a job of its
-# own, so that a cluster runs them in parallel, and the other notebooks train by themselves.
-POOL = f"{OUT}/.trainings.done"
+# `make run` has trained all models of all notebooks in one pool before (latentree.run.trainings). With GPUs each training of notebook 02
+# is a job of its own, so that a cluster runs them in parallel; the other notebooks then train by themselves.
 CARD = f"{OUT}/checkpoints/{{corpus}}/seed-{{seed}}/run_card.json"
 GRAMMARS = {file.stem: file for file in sorted(Path("params/grammars").glob("*.yaml"))}
 
@@ -110,23 +109,6 @@ rule all:
     default_target: True
 
 
-rule trainings:
-    input:
-        notebooks=[f"notebooks/{name}.ipynb" for name in HERE],
-        params=[f"params/{PROFILE}/{name}.yaml" for name in HERE],
-        grammars=sorted(map(str, GRAMMARS.values())),
-        modules=modules_of("from latentree.run import trainings"),
-    output:
-        touch(POOL),
-    threads: CORES
-    params:
-        python=sys.executable,
-        profile=f"params/{PROFILE}",
-        out=OUT,
-    shell:
-        "exec {params.python:q} -m latentree.run.trainings --params {params.profile:q} --out {params.out:q}"
-
-
 rule train:
     input:
         params=f"params/{PROFILE}/02_training.yaml",
@@ -156,7 +138,6 @@ for name, after in HERE.items():
             name
         input:
             after=[stamp(other) for other in after],
-            pool=[] if GPUS or name == "01_grammar_design" else ancient(POOL),
             trained=cards() if GPUS and name == "02_training" else [],
             notebook=f"notebooks/{name}.ipynb",
             params=settings,
