@@ -37,7 +37,22 @@ def copy(run: Path, reading: Path, number: str = "") -> None:
             target = reading / file.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
+        _take_prose(Path("notebooks", f"{name}.ipynb"), reading / f"{name}.ipynb")
         write_entry(reading, name, record[name])
+
+
+def _take_prose(source: Path, executed: Path) -> None:
+    """Give an executed notebook the sentences of its source: they may change without a new run."""
+    if not source.exists():
+        return
+    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
+    prose = {cell["id"]: cell["source"] for cell in cells if cell["cell_type"] == "markdown"}
+    notebook = json.loads(executed.read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = prose.get(cell["id"], cell["source"])
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    executed.write_text(text, encoding="utf-8")
 
 
 def as_markdown(run: Path) -> str:
