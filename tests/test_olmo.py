@@ -55,7 +55,7 @@ def test_a_series_of_the_hub_is_measured_on_a_text(out, tmp_path, monkeypatch):
     assert claims["series-induction"]["corpus"] == "maker/words, on story"
     assert claims["series-induction"]["value"] is not None
     assert claims["series-function-vector"]["reason"].startswith("on a text")
-    assert "20 are needed" in claims["series-hydra"]["reason"]  # of 12 windows
+    assert "20 are needed" in claims["series-repair"]["reason"]  # of 12 windows
     assert claims["olmo-induction"]["value"] is None
     measured = pd.read_csv(out / "tables" / "07_measurements.csv")
     assert sorted(measured.tokens.unique()) == [1e9, 2e9, 4e9]

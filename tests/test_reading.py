@@ -75,6 +75,10 @@ def test_one_notebook_is_taken_over_and_nothing_else(tmp_path):
     names = ("03_induction_heads.ipynb", "results/03.json", "figures/03_new.png", "results/04.json")
     for name in (*names, "checkpoints/03_a.csv"):
         (run / name).write_text("new")
+    source = json.loads(Path("notebooks/03_induction_heads.ipynb").read_text())
+    title, code = source["cells"][0], source["cells"][1]
+    executed = {"cells": [title | {"source": ["an earlier title"]}, code]}
+    (run / names[0]).write_text(json.dumps(executed))
     (run / "run.json").write_text(json.dumps({"03_induction_heads": 3, "04_function_vectors": 4}))
     copy(run, reading, "03")
     after = {file: file.read_bytes() for file in reading.rglob("*") if file.is_file()}
@@ -86,6 +90,8 @@ def test_one_notebook_is_taken_over_and_nothing_else(tmp_path):
         ".run.lock",
     }
     assert after[reading / "figures/03_new.png"] == b"new"
-    assert not (reading / "figures/03_heads.png").exists()
+    assert not (reading / "figures/03_paths.png").exists()
+    taken = json.loads(after[reading / names[0]])["cells"]  # with the sentences of today
+    assert taken[0]["source"] == title["source"] and taken[1] == code
     record = json.loads((reading / "run.json").read_text())
     assert record == RECORD | {"03_induction_heads": 3}

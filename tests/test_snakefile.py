@@ -51,6 +51,7 @@ def test_a_failure_goes_on_with_the_others_and_once_mended_only_it_is_executed(p
 
 def test_killed_in_the_middle_and_started_again_it_finishes(project):
     root = project([], [WAIT_ONCE])
+    assert snakemake(root, "--until", FIRST).returncode == 0
     start(SNAKEMAKE, root).kill()
     assert nothing_runs_in(root)
     ran = snakemake(root)
@@ -102,11 +103,11 @@ def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tm
     told = planned.stdout + planned.stderr
     job = r"rule train:.*?wildcards: corpus=([\w-]+), seed=(\d)\n.*?resources: ([^\n]*)"
     trainings = re.findall(job, told, re.DOTALL)
-    assert len(trainings) == 17 and len(set(trainings)) == 17
+    assert len(trainings) == 19 and len(set(trainings)) == 19
     needed = ("gpu=2", "slurm_account=ours", "slurm_partition=a100", "runtime=240")
     assert all(need in needs for *_, needs in trainings for need in needed)
     launch = "accelerate.commands.launch --num_processes 2 -m latentree.run.trainings"
-    assert told.count(launch) == 17
+    assert told.count(launch) == 19
     notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told)[1]
-    assert notebook.count("run_card.json") == 17
+    assert notebook.count("run_card.json") == 19
     assert len(re.findall(r"rule 0[1-8]_\w+:", told)) == 8
