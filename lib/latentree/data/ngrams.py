@@ -160,7 +160,7 @@ class Successors(Corpus):
         return Documents(fields, len(ids))
 
     def losses(self) -> tuple[float, float]:
-        """Exact losses in nats a token: of who knows no document, and of who knows its successors."""
+        """Exact losses in nats a token: without knowing the document, and knowing it."""
         count = self.choices.shape[1]
         rest = (1 - self.binding) / count
         called = self.binding + rest

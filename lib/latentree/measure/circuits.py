@@ -1,8 +1,9 @@
 """Circuits: what heads do by their weights alone, and what one part hands to one head.
 
-In copying by the OV circuit and in K-composition norms enter as linear maps: they centre if they are LayerNorms and multiply by their gain; the
-division by the scale, the biases and the rotary positions are left out. MLPs and position
-embeddings are not part of a path from head to head (Elhage et al. 2021).
+In copying by the OV circuit and in K-composition norms enter as linear maps: they centre if they
+are LayerNorms and multiply by their gain; the division by the scale, the biases and the rotary
+positions are left out. MLPs and position embeddings are not part of a path from head to head
+(Elhage et al. 2021).
 """
 
 import pandas as pd

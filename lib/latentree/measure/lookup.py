@@ -104,7 +104,8 @@ def _told(grammar, path) -> str:
 def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """Every head's look-up and role bag, and the losses, for each kind and for `all`.
 
-    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null, queries.
+    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null and
+    queries.
 
     - look-up, role bag: attention on the targets, over queries that have some; variants `head`,
       and `best`: of the best head, chosen on one half of the sequences and scored on the other,
@@ -183,7 +184,7 @@ def perfect(look_ups: LookUps) -> dict:
 
 
 def _scored(score, paid, keys, here, heads) -> pd.DataFrame:
-    """Rows of one score: paid (sequence, query, head, own or other's targets), keys without heads."""
+    """Rows of one score: paid (sequence, query, head, own or another's), keys without heads."""
     here = torch.stack([here, here.roll(1, 0)], -1) & (keys > 0)
     sums, counts = (paid * here[:, :, None]).sum(1), here.sum(1)
     each = torch.stack(ratio(sums[..., 0], counts[:, :1]))

@@ -72,7 +72,7 @@ def _side_by_side(jobs):
 
 
 def usable_cores() -> int:
-    """How many cores this process may use: those it is bound to, and no more than OMP_NUM_THREADS."""
+    """How many cores this process may use: those it is bound to, at most OMP_NUM_THREADS."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(bound, int(os.environ.get("OMP_NUM_THREADS") or bound))
 
