@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+import torch
 import yaml
 from latentree.data.corpus import held_out, load_corpus
 from latentree.data.two_level import TwoLevel
@@ -120,16 +121,20 @@ def test_one_of_several_trainings_is_started_with_its_own_settings(tmp_path):
     assert TrainingConfig.like(identity, seed=3) == config.model_copy(update={"seed": 3})
 
 
-def test_a_misspelt_parameter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="layer is not a parameter of this notebook"):
-        main(command(tmp_path, layer=3))
+def test_bad_input_is_told_in_one_line_before_anything_is_trained(tmp_path, capsys):
+    for bad, told in (({"layer": 3}, "layer is not a parameter"), ({"device": "cuda"}, "no GPU")):
+        if bad.get("device") == "cuda" and torch.cuda.is_available():
+            continue
+        assert main(command(tmp_path, **bad)) == 1
+        assert told in capsys.readouterr().err
+    assert not list(tmp_path.rglob(CARD))
 
 
 def test_a_pool_holds_what_every_notebook_trains_and_no_model_twice():
     jobs, out = {}, Path("/nowhere")
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         params = ROOT / f"params/smoke/{notebook.stem}.yaml"
-        found = planned(notebook, params, out)
+        found, _ = planned(notebook, params, out)
         assert not set(found) & set(jobs)
         jobs |= found
     under = {str(folder.relative_to(out / "checkpoints")) for folder in jobs}
