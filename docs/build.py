@@ -82,6 +82,11 @@ def page_of(path: Path, names: dict):
         ):
             described = Image.open(figures / f"{saved[-1]}.png").text["Description"]
             cell.metadata["mystnb"] = {"image": {"alt": f"{section}: {described}"}}
+        for output in cell.get("outputs", []):
+            if "image/webp" in output.get("data", {}):
+                film = output.data.pop("image/webp").replace("\n", "")
+                alt = f"{section}, along training"
+                output.data["text/html"] = f'<img alt="{alt}" src="data:image/webp;base64,{film}">'
     title, rest = notebook.cells[0].source.split("\n", 1)
     notebook.cells[0].source = f"{title}\n\n{RUN.format(name=path.stem)}\n{rest}"
     return notebook

@@ -29,7 +29,12 @@ def copy(run: Path, reading: Path, number: str = "") -> None:
     if not names:
         raise ValueError(f"{run}: has no finished notebook {number}; execute it there first")
     for name in names:
-        patterns = (f"{name}.ipynb", f"*/{name[:2]}[._]*.png", f"tables/{name[:2]}_*.csv")
+        patterns = (
+            f"{name}.ipynb",
+            f"*/{name[:2]}[._]*.png",
+            f"*/{name[:2]}_*.webp",
+            f"tables/{name[:2]}_*.csv",
+        )
         patterns += (f"results/{name[:2]}.json",)
         for earlier in [file for pattern in patterns for file in reading.glob(pattern)]:
             earlier.unlink()

@@ -74,6 +74,20 @@ def write(figure, path) -> None:
     Path(path).write_bytes(with_palette(drawn.getvalue()))
 
 
+def write_film(figures, path, milliseconds: int = 700) -> None:
+    """Write figures of the same size as an animated WebP file, and close them; the last stays."""
+    frames = []
+    for figure in figures:
+        drawn = BytesIO()
+        figure.savefig(drawn, dpi=80)
+        plt.close(figure)
+        frames.append(Image.open(drawn).convert("RGB"))
+    times = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60, method=4
+    )
+
+
 def described(figure):
     """What a figure shows, in words, from its titles, axes and legends: an alternative text."""
     panels = [ax for ax in figure.axes if ax.get_visible() and ax.has_data()]

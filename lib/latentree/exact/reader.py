@@ -25,39 +25,53 @@ def posterior_frequencies(counts, law) -> torch.Tensor:
     the frequencies by rank, after a uniformly random assignment of words to ranks.
 
     The posterior is a sum over all permutations. Words seen equally often are interchangeable, so
-    it is enough to count how many of each kind the ranks 1, 2, ... have used up. With kinds k of
-    n_k words seen c_k times, the evidence is the coefficient of prod_k x_k^n_k in prod_r sum_k x_k
-    law_r^c_k; its derivative by log law_r^c_k is the expected number of words of kind k at rank r.
+    it is enough to count how many of each kind the ranks 1, 2, ... have used up: the number of ways
+    is the coefficient of prod_k x_k^n_k in prod_r sum_k x_k law_r^c_k, for kinds k of n_k words
+    seen c_k times. Tables before and after a rank say together which kind's word it has.
     """
-    law, counts = torch.as_tensor(law, dtype=torch.float64), torch.as_tensor(counts)
-    seen, kind, size = counts.unique(return_inverse=True, return_counts=True)
-    # The largest kind needs no axis of the table: it takes the ranks that the others leave.
-    order = size.argsort(descending=True)
-    log_term = (seen[order][:, None] * law.log()).requires_grad_()
+    law, counts = np.asarray(law, dtype=float), np.asarray(counts)
+    seen, kind, size = np.unique(counts, return_inverse=True, return_counts=True)
+    order = np.argsort(-size, kind="stable")
     # Prices of ranks and kinds, under which the best assignment (most seen, most frequent) weighs 1
-    # and no term more: the table stays in range however many words were seen, the derivatives are
-    # as before.
-    level, place = law.log().sort(descending=True)
-    steps = counts.sort(descending=True).values[:-1] * level.diff()
-    price = torch.zeros_like(law).scatter(0, place[1:], steps.cumsum(0))
-    price = price + (log_term.detach() - price).max(1, keepdim=True).values
-    full = size[order][1:].tolist()
-    table = torch.zeros([n + 1 for n in full], dtype=torch.float64)
-    table[(0,) * len(full)] = 1.0
-    log_evidence = torch.zeros((), dtype=torch.float64)
-    for rank in range(len(law)):
-        term = (log_term[:, rank] - price[:, rank]).exp()
-        longer = table * term[0]
-        for axis, n in enumerate(full):
-            one_more = [0, 0] * len(full)
-            one_more[2 * (len(full) - 1 - axis)] = 1  # `pad` begins with the last axis
-            longer = longer + pad(table.narrow(axis, 0, n), one_more) * term[axis + 1]
-        scale = longer.detach().max()
-        table, log_evidence = longer / scale, log_evidence + scale.log()
-    (log_evidence + table[tuple(full)].log()).backward()
-    of_kind = torch.empty(len(size), dtype=torch.float64)
-    of_kind[order] = log_term.grad @ law / size[order]
-    return of_kind[kind]
+    # and no term more: the table stays in range however many words were seen.
+    place = np.argsort(-law, kind="stable")
+    steps = np.sort(counts)[::-1][:-1] * np.diff(np.log(law[place]))
+    price = np.zeros(len(law))
+    price[place[1:]] = steps.cumsum()
+    log_terms = seen[order][:, None] * np.log(law) - price
+    terms = np.exp(log_terms - log_terms.max(1, keepdims=True)).T  # (rank, kind)
+    # The largest kind needs no axis of the table: it takes the ranks that the others leave.
+    full = size[order][1:]
+    before = [np.zeros(full + 1)]
+    before[0][(0,) * len(full)] = 1.0
+    fewer, more = _shifts(len(full))
+    for first, *others in terms:
+        table = before[-1] * first
+        for less, plus, term in zip(fewer, more, others):
+            table[plus] += before[-1][less] * term
+        before.append(table / table.max())
+    after, has = np.zeros(full + 1), np.zeros((len(law), len(size)))
+    after[tuple(full)] = 1.0
+    for rank in reversed(range(len(law))):
+        earlier = after * terms[rank, 0]
+        has[rank, 0] = (before[rank] * earlier).sum()
+        for axis, (less, plus) in enumerate(zip(fewer, more), start=1):
+            taken = after[plus] * terms[rank, axis]
+            has[rank, axis] = (before[rank][less] * taken).sum()
+            earlier[less] += taken
+        after = earlier / earlier.max()
+    has /= has.sum(1, keepdims=True)  # chance that the rank has a word of the kind
+    of_kind = np.empty(len(size))
+    of_kind[order] = law @ has / size[order]
+    return torch.from_numpy(of_kind[kind])
+
+
+def _shifts(axes: int):
+    """Along each axis of a table: all places but the last, and all but the first, as indices."""
+    every = [slice(None)] * axes
+    fewer = [(*every[:axis], slice(None, -1), *every[axis + 1 :]) for axis in range(axes)]
+    more = [(*every[:axis], slice(1, None), *every[axis + 1 :]) for axis in range(axes)]
+    return fewer, more
 
 
 def reader_losses(

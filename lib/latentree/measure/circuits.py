@@ -112,23 +112,24 @@ def path_patch(model, tokens, sender: tuple, receiver: tuple[int, int], point: s
     return {(point, layer): replace}
 
 
-def paths_into(model, tokens, receiver: tuple[int, int], score) -> pd.DataFrame:
+def paths_into(model, tokens, receiver: tuple[int, int], scores) -> pd.DataFrame:
     """What cutting each path into a head changes: `path_patch` of every earlier part and point.
 
-    `score(logits)` is a number. Columns part ("head 0 2", "mlp 0", "embedding"), into (q, k, v) and
-    rise, the score with the path cut minus that of the clean run.
+    `scores(logits)` is a dict of numbers. Columns part ("head 0 2", "mlp 0", "embedding"), into (q,
+    k, v), score (its name) and rise, the score with the path cut minus that of the clean run.
     """
     senders = [("embedding",)]
     for layer in range(receiver[0]):
         heads = range(model.config.num_attention_heads)
         senders += [*(("head", layer, head) for head in heads), ("mlp", layer)]
-    clean, rows = score(run(model, tokens, ["logits"])["logits"]), []
+    clean, rows = scores(run(model, tokens, ["logits"])["logits"]), []
     for sender in senders:
         for point in "qkv":
             change = path_patch(model, tokens, sender, receiver, point)
-            cut = score(run(model, tokens, ["logits"], change)["logits"])
-            rows.append([" ".join(map(str, sender)), point, cut - clean])
-    return pd.DataFrame(rows, columns=["part", "into", "rise"])
+            cut = scores(run(model, tokens, ["logits"], change)["logits"])
+            for name, value in cut.items():
+                rows.append([" ".join(map(str, sender)), point, name, value - clean[name]])
+    return pd.DataFrame(rows, columns=["part", "into", "score", "rise"])
 
 
 def _product_norm(left, middle, right) -> torch.Tensor:

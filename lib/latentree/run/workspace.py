@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from IPython.display import Image
 
 from latentree.data.corpus import load_corpus
 from latentree.data.files import read_yaml, write_text
@@ -99,6 +100,12 @@ class Workspace:
             shown.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
         else:
             figures.write(shown, self._folder("figures") / f"{name}.png")
+
+    def save_film(self, shown, name: str) -> Image:
+        """Write figures as a moving picture, out/figures/NAME.webp; returns it, to be shown."""
+        path = self._folder("figures") / f"{name}.webp"
+        figures.write_film(shown, path)
+        return Image(path.read_bytes(), format="webp")
 
     def finish(self, claims) -> pd.DataFrame:
         """Write the claims to out/results/NN.json, whole or not at all; returns the table of them.
