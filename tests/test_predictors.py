@@ -1,4 +1,4 @@
-"""Exact losses and informations against brute force, the counts predictor against a hand."""
+"""Exact losses and informations against brute force."""
 
 from itertools import permutations, product
 
@@ -12,8 +12,6 @@ from latentree.exact.ceilings import expected, in_sentence
 from latentree.exact.information import estimated, exact, exact_chain
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import (
-    counts_losses,
-    fit_smoothing,
     predictive,
     role_losses,
     token_losses,
@@ -194,28 +192,6 @@ def test_information_that_has_no_formula_is_refused():
         exact(make(redraw={"document": 0.5}), [1])
     with pytest.raises(ValueError, match="documents are shorter"):
         exact(make(), [500])
-
-
-# ---------------------------------------------------------------------- in-context counts
-
-
-def test_counts_predictor_by_hand():
-    """Words of one role (size 4): 0 1 0 1 0 | 1 ... the second document starts afresh."""
-    windows = {
-        "tokens": torch.tensor([[0, 1, 0, 1, 0, 1]]),
-        "role": torch.zeros(1, 6, dtype=torch.int64),
-        "document": torch.tensor([[0, 0, 0, 0, 1, 1]]),
-        "position": torch.tensor([[0, 1, 2, 3, 0, 1]]),
-    }
-    a, b = 0.5, 2.0
-    losses = counts_losses(windows, [4], (a, b), torch.zeros(1, 6))
-    pairs = np.array([0, 0, 0, 1, 0, 0])  # seen before: this word after that one,
-    follows = np.array([0, 0, 0, 1, 0, 0])  # any word after that one,
-    word = np.array([0, 0, 1, 1, 0, 0])  # this word,
-    role = np.array([0, 1, 2, 3, 0, 1])  # any word of the role
-    by_hand = (pairs + a * (word + b / 4) / (role + b)) / (follows + a)
-    assert np.allclose(losses[0], -np.log(by_hand), atol=1e-6)
-    assert all(value > 0 for value in fit_smoothing(windows, [4]))
 
 
 def test_looking_back_is_worth_nothing_in_single_flat_clauses():

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 RECORD = json.loads((READING / "run.json").read_text())
 PROMISED = {
     "01": {"long-range-pcfg"},
-    "02": {"latents-recovered", "reaches-in-context-counts", "flat-stays-flat"},
+    "02": {"latents-recovered", "reachable-share", "flat-stays-flat"},
     "03": {"lookup-present", "lookup-on-flat", "lookup-on-n-gram", "lookup-treeless"}
     | {"lookup-over-decoys", "lookup-key-path", "lookup-heads-matter", "role-bag-present"},
     "04": {"fv-on-bound", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words"}

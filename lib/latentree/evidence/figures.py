@@ -39,7 +39,7 @@ ROLE_COLOURS = {
 LINES = {
     "syntax-only": ("#555555", ":"),
     "in-sentence": ("#555555", "-."),
-    "counts": ("#555555", "--"),
+    "ideal reader": ("#555555", "--"),
     "latent-aware": ("#555555", "-"),
 }
 _REFERENCE = "#555555"  # the grey of what is computed and not measured

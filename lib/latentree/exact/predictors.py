@@ -1,4 +1,4 @@
-"""Predictors run on given tokens: syntax-only and latent-aware (exact), and in-context counts.
+"""Predictors run on given tokens: syntax-only and latent-aware, exact.
 
 The exact predictors mix over sentence shapes. Under one shape a word depends on the earlier words
 of its own clause, along the habits that bind them (a tree), so its distribution follows from
@@ -6,13 +6,11 @@ messages passed along that tree; each shape's weight is its probability times th
 words so far.
 """
 
-from itertools import product
-
 import numpy as np
 import torch
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import one_hot
 
-from latentree.data.corpus import held_out, windows
+from latentree.data.corpus import held_out
 from latentree.exact.parser import PrefixParser
 
 
@@ -192,9 +190,8 @@ def role_losses(grammar, documents):
 def held_out_with_references(process, sequences, context):
     """Held-out windows of a grammar process with the losses of reference predictors, in nats.
 
-    Fields syntax_only, latent_aware, role_loss and counts beside the documents' own: (sequences,
-    context) float32 each. The counts predictor's smoothing is fitted on the first training
-    documents.
+    Fields syntax_only, latent_aware and role_loss beside the documents' own: (sequences, context)
+    float32 each.
     """
     grammar = process.grammar
 
@@ -205,60 +202,4 @@ def held_out_with_references(process, sequences, context):
             "role_loss": role_losses(grammar, documents).float(),
         }
 
-    smoothing = fit_smoothing(windows(process, min(sequences, 128), context), grammar.sizes)
-    rows = held_out(process, sequences, context, annotate=annotate)
-    rows["counts"] = counts_losses(rows, grammar.sizes, smoothing, rows["role_loss"])
-    return rows
-
-
-# ---------------------------------------------------------------------- in-context counts
-
-
-def counts_losses(rows, role_sizes, smoothing, role_loss):
-    """Loss of the in-context counts predictor on windows (sequences, context), in nats.
-
-    It knows the syntax (`role_loss`, -log P(role | sentence so far), same shape) and predicts a
-    word of role r by what followed the same word earlier in this document, backing off to the
-    document's counts of r, then to uniform: p_role = (c(w) + b / n) / (c(r) + b),   p = (c(v, w) +
-    a p_role) / (c(v, r) + a), with v the word before, n the words of the role (`role_sizes`), and
-    smoothing = (a, b).
-    """
-    a, b = smoothing
-    follows_same, role_same, word_same, pair_same = _matches(rows)
-    size = torch.as_tensor(role_sizes, dtype=torch.float32)[rows["role"]]
-    by_role = (word_same + b / size) / (role_same + b)
-    return role_loss - ((pair_same + a * by_role) / (follows_same + a)).log()
-
-
-def fit_smoothing(rows, role_sizes):
-    """The (a, b) of least loss on windows `rows`: a coarse-to-fine search of their logarithms."""
-    least, best, radius = np.inf, np.zeros(2), 4.0
-    zero = torch.zeros(rows["tokens"].shape)
-    for _ in range(6):
-        centre = best
-        for step in product((-1, 0, 1), repeat=2):
-            point = centre + radius * np.array(step)
-            loss = float(counts_losses(rows, role_sizes, tuple(np.exp(point)), zero).mean())
-            if loss < least:
-                least, best = loss, point
-        radius /= 2
-    return tuple(np.exp(best).tolist())
-
-
-def _matches(rows, chunk=64):
-    """What the predictor counts over earlier tokens of the document: four (sequences, context)."""
-    parts = []
-    for begin in range(0, len(rows["tokens"]), chunk):
-        part = {name: value[begin : begin + chunk] for name, value in rows.items()}
-        before = pad(part["tokens"][:, :-1], (1, 0), value=-1)
-        before = torch.where(part["position"] == 0, -1, before)
-        same_role = (_same(part["document"]) & _same(part["role"])).tril(-1)
-        same_word = same_role & _same(part["tokens"])
-        matches = (same_role & _same(before), same_role, same_word, same_word & _same(before))
-        parts.append(torch.stack([match.sum(-1).float() for match in matches]))
-    return torch.cat(parts, 1)
-
-
-def _same(field):
-    """Whether two places have the same value: (sequences, place, other place)."""
-    return field[:, :, None] == field[:, None, :]
+    return held_out(process, sequences, context, annotate=annotate)
