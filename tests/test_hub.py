@@ -73,15 +73,23 @@ def snapshots(cache):
 
 
 def test_revisions_that_name_a_step(hub, cache):
-    names = "v1.0 step1000 step20-tokens2.5M stage1-step7-tokens1B stepwise xstep3".split()
-    hub.files |= {name: {} for name in names}
-    assert revisions(MODEL, cache) == {
-        0: "step0",
+    names = {  # as SmolLM, OLMo 2, OLMo 3, a Trainer, LLM360 and GPT-NeoX write them
         7: "stage1-step7-tokens1B",
+        8: "stage1-step-8",
         20: "step20-tokens2.5M",
-        1000: "step1000",
-        3000: "step3000-tokens12B",
+        40: "step-000040-2BT",
+        60: "step_60",
+        100: "checkpoint-100",
+        110: "ckpt_110",
+        120: "global_step120",
+        240000: "step-240000",
     }
+    others = ["v1.0", "stepwise", "xstep3", "checkpoint", "step1000-final"]
+    hub.files |= dict.fromkeys([*names.values(), *others], {})
+    assert revisions(MODEL, cache) == dict(sorted((names | NAMES).items()))
+    hub.files |= dict.fromkeys(["stage2-step9", "stage2-ingredient1-step1000-tokens3B"], {})
+    with pytest.warns(UserWarning, match="2 revisions of later stages are left out, as stage2-in"):
+        assert 9 not in revisions(MODEL, cache)
     hub.files = {"v1.0": {}}
     with pytest.raises(ValueError, match="maker/model: no revision names a training step"):
         revisions(MODEL, cache)
@@ -90,6 +98,7 @@ def test_revisions_that_name_a_step(hub, cache):
 def test_tokens_in_a_name():
     names = ["step1000-tokens4B", "step9-tokens1.001M", "stage1-step5-tokens1T", "step5-tokens7"]
     assert [tokens_of(name) for name in names] == [4e9, 1001000, 1e12, 7]
+    assert tokens_of("step-001000-2BT") == 2e9
     assert tokens_of("step1000") is None and tokens_of("main") is None
 
 
@@ -173,10 +182,22 @@ def test_weights_in_a_bin_file_are_taken_where_there_are_no_others(hub, cache, t
     assert hub.fetched.count("pytorch_model.bin") == 1
 
 
-def test_revisions_with_the_same_weights_are_left_out_and_told(hub, cache):
+def test_of_revisions_that_share_weights_none_is_kept(hub, cache):
+    """Early branches that serve late weights: a trained model must not stand as step 0."""
     hub.files[NAMES[3000]][WEIGHTS] = hub.files["step0"][WEIGHTS]
-    with pytest.warns(UserWarning, match="step3000-tokens12B has the weights of step0, and is"):
-        assert HubSeries(MODEL, NAMES, cache=cache).steps == [0, 1000]
+    with pytest.warns(UserWarning, match="step0, step3000-tokens12B share weights, and are left"):
+        assert HubSeries(MODEL, NAMES, cache=cache).steps == [1000]
+    only = {step: NAMES[step] for step in (0, 3000)}
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="all revisions share weights"):
+        HubSeries(MODEL, only, cache=cache)
+
+
+def test_one_shared_shard_of_several_is_enough(hub, cache):
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    for number, files in enumerate((hub.files[NAMES[0]], hub.files[NAMES[1000]])):
+        files[first], files[second] = b"the same", bytes([number])
+    with pytest.warns(UserWarning, match="step0, step1000-tokens4B share"):
+        assert HubSeries(MODEL, NAMES, cache=cache).steps == [3000]
 
 
 def test_what_is_too_large_is_refused_before_it_is_fetched(hub, cache, monkeypatch):

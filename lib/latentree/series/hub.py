@@ -7,6 +7,7 @@ HF_HUB_OFFLINE=1 in the environment the cache alone is read. Code of a repositor
 import re
 import shutil
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
@@ -22,25 +23,35 @@ from transformers import AutoConfig
 from latentree.inside.names import NAMES
 from latentree.series.checkpoints import load_whole
 
-_STEP = re.compile(r"(?:stage1-)?step(\d+)(?:-tokens(\d+(?:\.\d+)?)([KMBT]?))?")  # stage: OLMo 2
+# step1000-tokens4B, step-001000-2BT, global_step60, checkpoint-100, ckpt_000, stage1-step-40000
+_STEP = re.compile(
+    r"(?:stage(?P<stage>\d+)-(?:ingredient\d+-)?)?(?:global_)?(?:step|checkpoint|ckpt)[-_]?"
+    r"(?P<step>\d+)(?:-(?:tokens)?(?P<tokens>\d+(?:\.\d+)?)(?P<scale>[KMBT]?)T?)?"
+)
 _SCALES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def revisions(repository: str, cache=None) -> dict[int, str]:
     """{training step: revision} of the branches and tags that name a step, in order of steps.
 
-    Such names are step1000 and step1000-tokens4B. ValueError if there is none.
+    Such names are step1000-tokens4B, step-001000-2BT, checkpoint-100 or stage1-step-40000. Those of
+    later stages are told of in a warning: their steps begin anew. ValueError if there is none.
     """
     if constants.HF_HUB_OFFLINE:
         names = [name for name, files in _cached(repository, cache).items() if _of_model(files)]
     else:
         refs = HfApi().list_repo_refs(repository)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
-    named = {}
+    named, later = {}, []
     for name in sorted(names):
         match = _STEP.fullmatch(name)
-        if match and int(match[1]) not in named:
-            named[int(match[1])] = name
+        if match and match["stage"] not in (None, "1"):
+            later.append(name)
+        elif match:
+            named.setdefault(int(match["step"]), name)
+    if later:
+        told = f"{repository}: {len(later)} revisions of later stages are left out, as {later[0]}"
+        warnings.warn(f"{told}; give {{step: revision}} to measure them", stacklevel=2)
     if not named:
         raise ValueError(f"{repository}: no revision names a training step; give steps yourself")
     return dict(sorted(named.items()))
@@ -69,7 +80,9 @@ def _of_model(names) -> list[str]:
 def tokens_of(revision: str) -> float | None:
     """The training tokens in a revision's name (step1000-tokens4B: 4e9); None if it has none."""
     match = _STEP.fullmatch(revision)
-    return float(round(float(match[2]) * _SCALES[match[3]])) if match and match[2] else None
+    if not match or not match["tokens"]:
+        return None
+    return float(round(float(match["tokens"]) * _SCALES[match["scale"]]))
 
 
 def choose(steps, count: int, spacing: str) -> list[int]:
@@ -128,9 +141,10 @@ class _Revision:
 class HubSeries:
     """Revisions {step: name} of a repository as a series, like `checkpoints.LocalSeries`.
 
-    Revisions with the same weights as an earlier one are left out with a warning. Before any
-    download ValueError if it comes to more than `download_limit_gb` (1e9 bytes), or the disk has no
-    room for it. `identity` has the commits. `cache` is huggingface_hub's own unless given.
+    Where revisions share a file of weights, one label at least is wrong and nobody can say which:
+    none of them is kept, with a warning. Before any download ValueError if none is left, if it
+    comes to more than `download_limit_gb` (1e9 bytes), or the disk has no room for it. `identity`
+    has the commits. `cache` is huggingface_hub's own unless given.
 
     With `free`, before a revision is loaded, the one loaded before and those of earlier steps are
     removed from the cache, whoever put them there: one at a time is on the disk. Offline nothing is
@@ -141,15 +155,20 @@ class HubSeries:
         self.repository = repository
         self._cache = Path(cache or constants.HF_HUB_CACHE)
         self._free = free and not constants.HF_HUB_OFFLINE
-        self._found, self._loaded = {}, None
-        for step, name in sorted(revisions.items()):
-            found = self._look_up(name)
-            same = [other for other in self._found.values() if other.weights == found.weights]
-            if same:
-                told = f"{repository}: {name} has the weights of {same[0].name}, and is left out"
-                warnings.warn(told, stacklevel=2)
-            else:
-                self._found[step] = found
+        self._loaded = None
+        self._found = {step: self._look_up(name) for step, name in sorted(revisions.items())}
+        shared = Counter(file for found in self._found.values() for file in found.weights)
+        contested = {
+            step: found.name
+            for step, found in self._found.items()
+            if any(shared[file] > 1 for file in found.weights)
+        }
+        if contested:
+            told = f"{repository}: {', '.join(contested.values())} share weights, and are left out"
+            warnings.warn(told, stacklevel=2)
+        self._found = {s: found for s, found in self._found.items() if s not in contested}
+        if not self._found:
+            raise ValueError(f"{repository}: all revisions share weights; choose others")
         self.steps = list(self._found)
         self.revisions = {step: found.name for step, found in self._found.items()}
         commits = {found.name: found.commit for found in self._found.values()}
