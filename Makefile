@@ -15,6 +15,11 @@ PROFILE ?= laptop
 GPUS ?= 1
 LIBRARY = .venv/bin/python -m latentree
 
+# Where the home folder cannot be written in, Snakemake and others keep their caches here.
+ifneq ($(shell test -w "$$HOME" && echo 1),1)
+export XDG_CACHE_HOME ?= $(CURDIR)/.venv/cache
+endif
+
 -include cluster.mk
 
 run: .venv/.has-run

@@ -16,8 +16,9 @@ from latentree.data.corpus import held_out, load_corpus
 from latentree.data.two_level import TwoLevel
 from latentree.run.trainings import main, planned
 from latentree.series.checkpoints import LocalSeries
+from latentree.train import jobs
 from latentree.train.jobs import plan, train_all, usable_cores
-from latentree.train.training import CARD, STATE, TrainingConfig, train
+from latentree.train.training import CARD, STATE, TrainingConfig, launched, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}
@@ -152,6 +153,28 @@ def test_as_many_at_once_as_there_are_cores_to_use(monkeypatch):
     assert usable_cores() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert usable_cores() == 2
+
+
+def test_cores_follow_a_list_of_threads_and_a_containers_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for asked, cores in {"2,1": 2, "": 8, "all": 8, "0": 8}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert usable_cores() == cores
+    for quota, cores in {"max 100000": 8, "350000 100000": 3, "50000 100000": 1}.items():
+        (tmp_path / "cpu.max").write_text(quota)
+        monkeypatch.setattr(jobs, "_QUOTA", tmp_path / "cpu.max")
+        assert usable_cores() == cores
+
+
+@pytest.mark.parametrize("left", ["WORLD_SIZE", "PMI_SIZE", "ACCELERATE_USE_DEEPSPEED"])
+def test_what_a_scheduler_left_in_the_environment_is_ignored_and_told(monkeypatch, left):
+    monkeypatch.setenv(left, "4")
+    with pytest.warns(UserWarning, match=f"ignored, for no launcher is at work: {left}"):
+        assert not launched()
+    assert left not in os.environ and not launched()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched()
 
 
 def in_two_processes(folder):

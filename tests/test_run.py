@@ -212,6 +212,10 @@ BAD_FILES = [
     ("corpora: [a, a]", "corpora = ['a', 'a']", "only once"),
     ("profile: huge", "profile = 'huge'", "choose one of smoke"),
     ("seed: 1\nseed: 2", "seed", "twice"),
+    ("seed: 010", "010 would be read as 8", "'010' in quotes"),  # YAML 1.1
+    ("seed: 1:30", "1:30 would be read as 90", "'1:30' in quotes"),
+    ("corpora: [no]", "no would be read as False", "'no' in quotes"),
+    ("on: 3", "on would be read as True", "'on' in quotes"),
 ]
 
 
@@ -223,6 +227,14 @@ def test_a_bad_parameter_file_is_refused(tmp_path, monkeypatch, capsys, text, th
     message = one_line(capsys.readouterr().err)
     assert f"params/smoke/{NAME}.yaml" in message and thing in message and mend in message
     assert not Path("out").exists()
+
+
+def test_a_terminal_that_cannot_print_a_sign_does_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+    root = write_project(tmp_path, **{NAME: ["print('loss \u2588 \u2192')"]})
+    ran = run(root, NAME)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{NAME}: loss ? ?" in ran.stdout
 
 
 def test_the_folder_of_a_profile(capsys):

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,15 @@ def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tm
     notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told)[1]
     assert notebook.count("run_card.json") == 19
     assert len(re.findall(r"rule 0[1-8]_\w+:", told)) == 8
+
+
+@pytest.mark.parametrize(
+    "late", ["params/smoke/02_training.yaml", "notebooks/01_grammar_design.ipynb"]
+)
+def test_an_input_dated_in_the_future_is_refused_before_anything_runs(project, late):
+    root = project([], [])
+    ahead = time.time() + 7200
+    os.utime(root / late, (ahead, ahead))
+    ran = snakemake(root)
+    assert ran.returncode != 0 and f"error: {late}: is dated in the future" in ran.stderr
+    assert not (root / "outputs").exists()

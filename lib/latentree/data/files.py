@@ -1,13 +1,29 @@
 """Files of a user are read strictly; files of a run are written whole or not at all."""
 
 import os
+import re
 from pathlib import Path
 
 import yaml
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key that is there twice is an error."""
+    """YAML that means what it says: no key twice, and no number or truth value in disguise.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90 and on, off, yes and no as truth values.
+    """
+
+    def construct_plain(self, node):
+        """A number in decimal digits, or true or false."""
+        decimal = r"[-+]?(0|[1-9][0-9_]*|[0-9_]*\.[^:]*)|true|false"
+        if not re.fullmatch(decimal, node.value.lower()):
+            told = f"{node.value} would be read as {self._read_as(node)}: write that, or give "
+            raise yaml.MarkedYAMLError(problem=f"{told}'{node.value}' in quotes")
+        return self._read_as(node)
+
+    def _read_as(self, node):
+        kind = node.tag.rsplit(":", 1)[1]
+        return getattr(super(), f"construct_yaml_{kind}")(node)
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
@@ -15,6 +31,10 @@ class _StrictLoader(yaml.SafeLoader):
             if names.count(name) > 1:
                 raise yaml.MarkedYAMLError(problem=f"{name} is there twice")
         return super().construct_mapping(node, deep)
+
+
+for _kind in ("int", "float", "bool"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_plain)
 
 
 def read_yaml(path) -> dict:

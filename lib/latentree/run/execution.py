@@ -203,6 +203,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.notebook and given.params and given.out):
         parser.error("NOTEBOOK, --params and --out are all needed")
     logging.disable()  # one line of our own says what happened
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that cannot print a sign must not end a run
+        stream.reconfigure(errors="replace")
     if given.follow_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:

@@ -107,5 +107,5 @@ def _device() -> dict:
     return {
         "cpu": found[1] if found else platform.machine(),
         "gpus": gpus.splitlines(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()),
+        "threads": os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
     }

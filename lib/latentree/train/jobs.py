@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 
 from latentree.data.corpus import held_out
 from latentree.series.checkpoints import seed_folder
-from latentree.train.training import CARD, TrainingConfig, check_run, train
+from latentree.train.training import CARD, TrainingConfig, check_run, launched, train
+
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def plan(corpora, tokens, seeds, folder, held_out_sequences, variant="", **settings) -> dict:
@@ -41,8 +43,7 @@ def train_all(jobs: dict, device: str = "auto") -> None:
     for folder, (config, corpus, unseen) in jobs.items():
         check_run(config, corpus, unseen, folder)
     left = {folder: job for folder, job in jobs.items() if not (folder / CARD).exists()}
-    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if together or device == "cuda" or device == "auto" and torch.cuda.is_available():
+    if launched() or device == "cuda" or device == "auto" and torch.cuda.is_available():
         for folder, job in left.items():
             train(*job, folder, device)
     elif left:
@@ -72,9 +73,19 @@ def _side_by_side(jobs):
 
 
 def usable_cores() -> int:
-    """How many cores this process may use: those it is bound to, at most OMP_NUM_THREADS."""
+    """How many cores this process may use.
+
+    Those that it is bound to, at most a container's quota of time, at most OMP_NUM_THREADS (the
+    first, if it is a list).
+    """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(bound, int(os.environ.get("OMP_NUM_THREADS") or bound))
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdigit() and int(asked):
+        bound = min(bound, int(asked))
+    quota = _QUOTA.read_text().split() if _QUOTA.exists() else ["max"]  # microseconds in a period
+    if quota[0] != "max":
+        bound = min(bound, max(1, int(quota[0]) // int(quota[1])))
+    return bound
 
 
 # ---------------------------------------------------------------------- in a training process

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from latentree.train.optimizers import build_optimizers, rate_share
 CARD = "run_card.json"  # written last: its presence says that the training is finished
 STATE = "state.pt"  # where an interrupted training goes on
 _LOG_ROWS = 500  # rows of losses.csv, about
+_LAUNCHERS = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PMI_ OMPI_COMM_ MV2_COMM_ ACCELERATE_"
 
 
 class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
@@ -141,10 +143,27 @@ def _accelerator(config, device) -> Accelerator:
     if device == "cuda" and not gpu:
         raise ValueError("device = 'cuda': torch sees no GPU here; give auto or cpu")
     # Accelerate remembers the first precision and device; a notebook trains several models.
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = not launched()
     AcceleratorState._reset_state(reset_partial_state=alone)
     precision = "bf16" if config.precision == "bfloat16" else "no"
     return Accelerator(cpu=device == "cpu" or not gpu, mixed_precision=precision)
+
+
+def launched() -> bool:
+    """Whether a launcher started this process as one of several.
+
+    Without all that a launcher sets, what a scheduler or a shell has left in the environment
+    (WORLD_SIZE, PMI_SIZE, ACCELERATE_...) would make Accelerate wait for others: it is taken away,
+    with a warning.
+    """
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+        return int(os.environ["WORLD_SIZE"]) > 1
+    left = [name for name in os.environ if name.startswith(tuple(_LAUNCHERS.split()))]
+    for name in left:
+        del os.environ[name]
+    if left:
+        warnings.warn(f"ignored, for no launcher is at work: {', '.join(left)}", stacklevel=2)
+    return False
 
 
 def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
