@@ -20,17 +20,28 @@ def claim(id="a-claim", interval=(0.5, 0.4, 0.6), above=0.3, **more):
 def test_the_verdict_asks_about_the_whole_interval(one, other, above, below):
     low, high = sorted((one, other))
     made = claim(interval=((low + high) / 2, low, high), above=above, below=below)
-    inside = low > above and high < below
-    assert made.verdict == ("reproduced" if inside else "not reproduced")
+    inside, outside = low > above and high < below, high <= above or low >= below
+    told = "as predicted" if inside else "contradicted" if outside else "undecided"
+    assert made.verdict == told and made.holds == inside
 
 
-def test_a_wide_interval_reproduces_nothing():
-    assert claim(interval=(0.5, -9.0, 9.0)).verdict == "not reproduced"
-    assert claim(interval=(0.5, -9.0, 9.0), above=None, below=1.0).verdict == "not reproduced"
+def test_a_wide_interval_decides_nothing():
+    assert claim(interval=(0.5, -9.0, 9.0)).verdict == "undecided"
+    assert claim(interval=(0.5, -9.0, 9.0), above=None, below=1.0).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    "whose, words", [("paper", "present absent"), ("ours", "as_predicted contradicted")]
+)
+def test_a_phenomenon_is_present_or_absent_and_a_prediction_holds_or_not(whose, words):
+    verdicts = [claim(above=at, whose=whose).verdict for at in (0.3, 0.7)]
+    assert verdicts == [word.replace("_", " ") for word in words.split()]
+    assert claim(above=None, below=0.7, whose="control").verdict == "as predicted"
+    assert claim(above=None, below=0.3, whose="control").verdict == "contradicted"
 
 
 def test_what_was_not_measured_needs_a_reason():
-    assert claim(interval=None, reason="no network").verdict == "not testable here"
+    assert claim(interval=None, reason="no network").verdict == "not tested"
     with pytest.raises(ValueError, match="a-claim: interval is None; give the reason"):
         claim(interval=None)
 
@@ -53,7 +64,7 @@ def test_a_claim_without_evidence_is_refused(change, message):
 def test_a_table_of_claims_has_their_verdicts():
     table = claims_table([claim(), claim("another", above=0.45)])
     assert list(table.index) == ["a-claim", "another"]
-    assert list(table.verdict) == ["reproduced", "not reproduced"]
+    assert list(table.verdict) == ["present", "undecided"]
 
 
 def write(folder, *claims):

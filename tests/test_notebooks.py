@@ -78,17 +78,17 @@ def test_results_are_measured_and_not_typed(smoke):
     for file in smoke.glob("results/*.json"):
         claims |= {claim["id"]: claim for claim in json.loads(file.read_text())["claims"]}
     verdicts = {name: claim["verdict"] for name, claim in claims.items()}
-    failing = "latents-recovered more-with-every-sentence lookup-present lookup-heads-matter"
+    failing = "latents-recovered more-with-every-sentence lookup-present lookup-head-matters"
     failing += " fv-on-pcfg fv-specific-to-latent fv-says-its-words role-bag-present"
     failing += " legal-mass-saturates-early-on-bound tree-beyond-position theorem-1-window"
-    assert {verdicts[name] for name in failing.split()} == {"not reproduced"}
+    assert {verdicts[name] for name in failing.split()} <= {"absent", "undecided", "contradicted"}
     # nothing formed, so an absence says nothing; and a local series says nothing of the real one
     untestable = [name for name in verdicts if name.startswith("olmo-")]
     untestable += ["repair", "repair-positive-control", "fv-not-on-released-small-flat"]
     untestable += ["lookup-on-flat", "lookup-on-n-gram"]
-    assert {verdicts[name] for name in untestable} == {"not testable here"}
+    assert {verdicts[name] for name in untestable} == {"not tested"}
     # what is exact holds at every size
-    assert verdicts["released-ngram-has-little-to-learn"] == "reproduced"
+    assert verdicts["released-ngram-has-little-to-learn"] == "as predicted"
     assert claims["long-range-pcfg"]["value"] == pytest.approx(0.0285, abs=0.02)
 
 

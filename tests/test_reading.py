@@ -17,7 +17,7 @@ PROMISED = {
     "01": {"long-range-pcfg"},
     "02": {"latents-recovered", "reachable-share", "flat-stays-flat"},
     "03": {"lookup-present", "lookup-on-flat", "lookup-on-n-gram", "lookup-treeless"}
-    | {"lookup-over-decoys", "lookup-key-path", "lookup-heads-matter", "role-bag-present"},
+    | {"lookup-over-decoys", "lookup-key-path", "lookup-head-matters", "role-bag-present"},
     "04": {"fv-on-bound", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words"}
     | {"fv-not-on-bound-flat"},
     "05": {"amplification"},
@@ -52,7 +52,7 @@ def test_the_reading_copy_is_small():
 def test_it_shows_what_the_project_promises_on_a_laptop():
     claims = claims_of(READING)
     for number, ids in PROMISED.items():
-        assert set(claims.loc[number].loc[sorted(ids), "verdict"]) == {"reproduced"}
+        assert set(claims.loc[number].loc[sorted(ids), "verdict"]) <= {"present", "as predicted"}
 
 
 def test_the_readme_shows_the_claims_and_its_pictures_are_there():

@@ -1,15 +1,14 @@
 """A claim: an interval, and the region in which it must lie.
 
 A verdict is computed and never typed in. It asks about the whole interval, not about its middle, so
-a wide interval reproduces nothing.
+a wide interval decides nothing.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pandas as pd
-
-REPRODUCED, NOT_REPRODUCED, NOT_TESTABLE = "reproduced", "not reproduced", "not testable here"
 
 
 @dataclass(frozen=True)
@@ -17,8 +16,8 @@ class Claim:
     """One statement with its evidence; all numbers share one unit.
 
     `interval` is (value, low, high), or None where nothing could be measured, which needs a
-    `reason`. The claim is reproduced if the interval lies above `above` and below `below`, those
-    that are given. `null` is what chance or the control gives; `n` counts the independent units
+    `reason`. The claim holds if the whole interval lies above `above` and below `below`, those that
+    are given. `null` is what chance or the control gives; `n` counts the independent units
     that the interval is `over`; `source` is a figure, a theorem or a reference; `definition` says
     whether the field's score is meant or the release's; `whose` claim it is: the paper's, one about
     a control, or ours.
@@ -54,14 +53,33 @@ class Claim:
             raise ValueError(f"claim {self.id}: n = {self.n}, seeds = {self.seeds}; give both")
 
     @property
+    def holds(self) -> bool:
+        """Whether the whole interval lies in the region."""
+        _, low, high = self.interval or (None, -math.inf, math.inf)
+        return (self.above is None or low > self.above) and (
+            self.below is None or high < self.below
+        )
+
+    @property
     def verdict(self) -> str:
-        """What the region says of the interval."""
+        """What the region says of the interval, in a word.
+
+        A phenomenon of the paper's is present, or absent; what a control or we say is as predicted,
+        or contradicted: if the whole interval lies in the region, or outside. Else it is undecided.
+        """
         if self.interval is None:
-            return NOT_TESTABLE
+            return "not tested"
         _, low, high = self.interval
-        holds = self.above is None or low > self.above
-        holds = holds and (self.below is None or high < self.below)
-        return REPRODUCED if holds else NOT_REPRODUCED
+        if self.holds:
+            word = 0
+        elif self.above is not None and high <= self.above:
+            word = 1
+        elif self.below is not None and low >= self.below:
+            word = 1
+        else:
+            return "undecided"
+        phenomenon = self.whose == "paper" and self.below is None
+        return (("present", "absent") if phenomenon else ("as predicted", "contradicted"))[word]
 
     def as_dict(self) -> dict:
         """All fields as plain JSON values: the interval as value, low, high, and the verdict."""
