@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from latentree.data.codebook import Codebook
 from latentree.data.corpus import held_out, load_corpus
-from latentree.data.two_level import TwoLevel
 from latentree.run.trainings import main, planned
 from latentree.series.checkpoints import LocalSeries
 from latentree.train.jobs import plan, train_all, usable_cores
@@ -25,7 +25,7 @@ SMALL |= {"checkpoints_even": 1, "checkpoints_log": 0}
 
 
 def jobs_in(folder, tokens=1280):
-    corpora = [load_corpus("bound"), TwoLevel(segments=4)]
+    corpora = [load_corpus("bound"), Codebook(segments=16)]
     return plan(corpora, [tokens] * 2, [0], folder, held_out_sequences=4, **SMALL)
 
 
