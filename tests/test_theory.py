@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 BOOK = Codebook(codes=8, segments=16)
 SEGMENT = torch.arange(16)
 LAST = SEGMENT[:, None] - SEGMENT <= 2  # who sees the last two segments
-ONE = Codebook(codes=4, cues=1, segments=16)  # whose code is one answer
-ONE.code = torch.arange(4)[:, None]
+ONE = Codebook(codes=4, cues=4, segments=16)  # whose codes have one answer for all cues
+ONE.code = torch.arange(4)[:, None].expand(4, 4)
 
 
 def some(book, count=200):
@@ -34,18 +34,18 @@ def counting_model(copied: bool):
 
     It counts the embedded answers, or what the first block's MLP has copied of them.
     """
-    model = build_model("gpt2", 5, 2, 12, 1, 64, mlp_width=4).eval()
+    model = build_model("gpt2", 8, 2, 12, 1, 64, mlp_width=4).eval()
     for parameter in model.parameters():
         parameter.data.zero_()
     stack, four = model.transformer, torch.arange(4)
-    stack.wte.weight.data[1 + four, four] = 1.0
+    stack.wte.weight.data[4 + four, four] = 1.0
     if copied:  # through gelu, which is the identity far above 0
         stack.h[0].mlp.c_fc.weight.data[four, four] = 50.0
         stack.h[0].mlp.c_proj.weight.data[four, 4 + four] = 0.02
     attention = stack.h[1].attn
     attention.c_attn.weight.data[four + 4 * copied, 24 + four] = 1.0
     attention.c_proj.weight.data[four, 8 + four] = 40.0
-    model.lm_head.weight.data[1 + four, 8 + four] = 1.0
+    model.lm_head.weight.data[4 + four, 8 + four] = 1.0
     for block in stack.h:
         block.ln_1 = block.ln_2 = torch.nn.Identity()
     stack.ln_f = torch.nn.Identity()
@@ -97,13 +97,15 @@ def shares(model, book):
     return table.set_index(["site", "part", "layer"])["share"]
 
 
-def test_who_rereads_tokens_reuses_nothing_and_who_copies_them_first_does():
+def test_who_rereads_tokens_follows_nothing_written_and_who_copies_them_does_without_the_cue():
     for copied in (False, True):
         share = shares(counting_model(copied), ONE)
         assert share["none", "whole", 0] < 0.05 and share["all", "exact", 0] > 0.95
         assert share["all", "whole", 1] > 0.95 and share["recent", "whole", 1] < 0.05
         assert (share["all", "token", 1] > 0.95) == (not copied)
         assert (share["all", "written", 1] > 0.95) == copied
+        # a copied token is no inference from a cue and its answer: other cues do as well
+        assert share["all", "other cues", 1] == share["all", "written", 1]
 
 
 def test_before_the_first_block_the_stream_is_the_token():

@@ -93,15 +93,17 @@ def reuse(model, book: Codebook, cue, answer, latent, recent: int = 4, seed: int
     donor's answer than to their own code's. Sites are `all` earlier answers and the `recent` last of
     them. The stream there, before block `layer`, is replaced by that of the same cues with the
     donor's answers (`donors`): as a `whole`, or of it only the `token` that is embedded, or what the
-    blocks have `written` since. Part `exact` is the exact reader of exchanged answers, and site
-    `none` the undisturbed model.
+    blocks have `written` since, or what they have written of the same answers to `other cues`, as
+    says nothing of a code. Part `exact` is the exact reader of exchanged answers, and site `none`
+    the undisturbed model.
     """
     other, given = donors(book, cue, latent, seed)
     sides = book.code[torch.stack([latent, other], 1), cue[:, -1:]]
-    tokens = [book.tokens(cue, told)[:, :-1] for told in (answer, given)]
-    own, theirs = (run(model, text, ["stream"])["stream"] for text in tokens)
-    change = theirs - own
-    parts = {"whole": change, "token": change[:1].expand_as(change), "written": change - change[:1]}
+    texts = (cue, answer), (cue, given), (cue.roll(1, 0), given)
+    streams = [run(model, book.tokens(*text)[:, :-1], ["stream"])["stream"] for text in texts]
+    change, others = (stream - streams[0] for stream in streams[1:])
+    parts = {"whole": change, "token": change[:1].expand_as(change)}
+    parts |= {"written": change - change[:1], "other cues": others - others[:1]}
     earlier, rows = torch.arange(book.segments - 1), []
 
     def note(site, part, layer, log_p):
