@@ -1,8 +1,8 @@
 """The codebook process: one hidden code answers all cues of a sequence.
 
-The number of codes is a dial. With few, the code itself is inferred from any answers, and applied to
-any cue; with many, all that helps is what this very cue was answered before. exact/codebook.py has
-its exact predictors.
+The number of codes is a dial. With few, the code itself is inferred from any answers, and applied
+to any cue; with many, all that helps is what this very cue was answered before. exact/codebook.py
+has its exact predictors.
 """
 
 import torch

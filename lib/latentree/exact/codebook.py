@@ -1,7 +1,7 @@
 """Exact predictors of the codebook process: the reader and the copier.
 
-Cues and answers are (sequence, segment). What is predicted are log probabilities (sequence, segment,
-answer), float64, of each segment's answer, given its cue and the segments before it.
+Cues and answers are (sequence, segment). What is predicted are log probabilities (sequence,
+segment, answer), float64, of each segment's answer, given its cue and the segments before it.
 """
 
 import torch

@@ -12,8 +12,8 @@ class TwoLevel:
     """A two-level process; all its tables follow from `seed`.
 
     z0 ~ Dirichlet(1); z1 is one of z0's own with weight `own` to 1 (Dirichlet); evidence ~
-    softmax(E1[z1]), query ~ softmax(mix E0[z0] + (1 - mix) E1[z1]), with E0 `contrast` on z0's block
-    of tokens and -`contrast` elsewhere, and E1 = E0[parent of z1] + `noise` Normal(0, 1).
+    softmax(E1[z1]), query ~ softmax(mix E0[z0] + (1 - mix) E1[z1]), with E0 `contrast` on z0's
+    block of tokens and -`contrast` elsewhere, and E1 = E0[parent of z1] + `noise` Normal(0, 1).
 
     Attributes, in nats: log_z0 (z0), log_z1 (z0, z1), log_evidence (z1, token) and log_query (z0,
     z1, token). Raises ValueError for sizes that do not divide.
@@ -41,7 +41,7 @@ class TwoLevel:
         self.log_query = (mix * above[:, None] + (1 - mix) * below).log_softmax(-1)
 
     def draw(self, count, segments=16, evidence=6, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evidence (sequence, segment, place) and queries (sequence, segment) of `count` sequences."""
+        """Evidence (sequence, segment, place) and queries (sequence, segment) of sequences."""
         draw = torch.Generator().manual_seed(seed)
 
         def drawn(log_p, many):  # (row, many) from log probabilities (row, outcome)

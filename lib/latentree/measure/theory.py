@@ -26,7 +26,7 @@ def predictions(model, book: Codebook, cue, answer, change=None) -> torch.Tensor
 
 
 def forgetting(predict, cue, answer, windows) -> torch.Tensor:
-    """Excess loss in nats (window, sequence) at the last answer, if only its last segments are given.
+    """Excess loss in nats (window, sequence) at the last answer, of who gets the last segments.
 
     `windows` are numbers of earlier segments. The text begins with them, as every sequence begins
     somewhere: nothing is masked.
@@ -43,9 +43,10 @@ def forgetting(predict, cue, answer, windows) -> torch.Tensor:
 
 
 def donors(book: Codebook, cue, latent, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each sequence another code (sequence,), and its noisy answers (sequence, segment) to its cues.
+    """Another code for each sequence (sequence,), and its answers (sequence, segment) to the cues.
 
-    Of the codes that answer the last cue otherwise, one at random. Raises ValueError if there is none.
+    Of the codes that answer the last cue otherwise, one at random; its answers are noisy as all
+    are. Raises ValueError if there is no such code.
     """
     draw = torch.Generator().manual_seed(seed)
     last = book.code[:, cue[:, -1]].T  # (sequence, code)
@@ -90,10 +91,10 @@ def reuse(model, book: Codebook, cue, answer, latent, recent: int = 4, seed: int
     """Whether the last prediction follows another code, patched into the stream at earlier answers.
 
     DataFrame (site, part, layer, followed, count): the number of sequences that give more to the
-    donor's answer than to their own code's. Sites are `all` earlier answers and the `recent` last of
-    them. The stream there, before block `layer`, is replaced by that of the same cues with the
-    donor's answers (`donors`): as a `whole`, or of it only the `token` that is embedded, or what the
-    blocks have `written` since, or what they have written of the same answers to `other cues`, as
+    donor's answer than to their own code's. Sites are `all` earlier answers and the `recent` last
+    of them. The stream there, before block `layer`, is replaced by that of the same cues with the
+    donor's answers (`donors`): as a `whole`, or of it only the `token` that is embedded, or what
+    the blocks have `written` since, or what they write of the same answers to `other cues`, which
     says nothing of a code. Part `exact` is the exact reader of exchanged answers, and site `none`
     the undisturbed model.
     """
@@ -140,7 +141,7 @@ def _added(at, what):
 
 
 def transfers(predict, book: Codebook) -> torch.Tensor:
-    """What one answer tells of the answer to another cue, in nats: (asked cue, earlier cue), float64.
+    """What one answer tells of that to another cue, nats: (asked cue, earlier cue), float64.
 
     The mean gain of a predictor that has seen one segment over what it says with none. Of the
     reader it is the mutual information of both answers, and of a table of cues 0 between different
@@ -161,7 +162,7 @@ def transfers(predict, book: Codebook) -> torch.Tensor:
 
 
 def alike(found, expected, draws: int = 999, seed: int = 0) -> tuple[float, float]:
-    """Correlation of two square tables off their diagonals, and its p by permuting rows and columns.
+    """Correlation of two square tables off their diagonals, and its p by permutation.
 
     Rows and columns of one are permuted together (Mantel 1967). A table without spread has
     correlation 0.
