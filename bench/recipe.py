@@ -18,8 +18,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from latentree.data.corpus import held_out, load_corpus
-from latentree.data.two_level import TwoLevel
-from latentree.exact import two_level
 from latentree.exact.predictors import held_out_with_references
 from latentree.exact.reader import reader_losses
 from latentree.measure.lookup import look_ups, measure
@@ -62,7 +60,6 @@ ELSEWHERE = [
     ("bound", 0, 0, {"mlp_width": 0, "tokens": 2_400_000}),
     ("treeless", 0, 0, {}),
     ("sectioned", 0, 0, {}),
-    ("two-level", 0, 0, {}),
     ("released-small", 0, 0, {"tokens": 3_000_000}),
     ("released-small", 0, 0, {"tokens": 3_000_000, "mlp_width": 0}),
 ]
@@ -71,7 +68,7 @@ ELSEWHERE = [
 def trial(name, corpus_seed, seed, changes):
     """One training: (tokens to the criterion or NaN, seconds of the processor to it, final loss)."""
     torch.set_num_threads(1)
-    corpus = corpus_of(name, corpus_seed)
+    corpus = load_corpus(name, seed=corpus_seed)
     config = TrainingConfig(seed=seed, checkpoints_log=0, **changes)
     config = config.model_copy(update={"checkpoints_even": round(config.tokens / EVERY)})
     unseen = held_out(corpus, SEQUENCES, config.context)["tokens"]
@@ -86,11 +83,6 @@ def trial(name, corpus_seed, seed, changes):
         loss = float(evaluate(series.load(series.steps[-1]), unseen).mean())
     tokens = reached * config.step_tokens if reached else float("nan")
     return tokens, spent * tokens / config.tokens, loss
-
-
-def corpus_of(name, seed):
-    """A corpus by name; two-level is the process of the paper's theory."""
-    return TwoLevel(seed=seed) if name == "two-level" else load_corpus(name, seed=seed)
 
 
 def criterion(series, shown):
@@ -108,23 +100,17 @@ def known_losses(name, corpus_seed, context):
     """Exact losses on the held-out sequences: without latents, and of the best reader there is.
 
     Where the ideal reader is not known (`sectioned`, treeless text) or the latents are in the
-    weights (static), of the predictor that knows them; of the chain, without and with its context;
-    for the two-level process, without any earlier token.
+    weights (static), of the predictor that knows them; of the chain, without and with its context.
     """
-    corpus = corpus_of(name, corpus_seed)
+    corpus = load_corpus(name, seed=corpus_seed)
     if corpus.kind in ("n-gram", "treeless"):
         losses = corpus.losses()
         return losses[0], losses[-1]
-    if name == "two-level":
-        tokens = held_out(corpus, SEQUENCES, context)["tokens"]
-        nothing = torch.zeros(tokens.shape, dtype=torch.bool)
-        both = [two_level.losses(corpus, tokens, seen) for seen in (nothing, None)]
-    else:
-        rows = held_out_with_references(corpus, SEQUENCES, context)
-        best = rows["latent_aware"]
-        if name != "sectioned" and corpus.kind != "static":
-            best = reader_losses(corpus, rows, rows["role_loss"])
-        both = [rows["syntax_only"], best]
+    rows = held_out_with_references(corpus, SEQUENCES, context)
+    best = rows["latent_aware"]
+    if name != "sectioned" and corpus.kind != "static":
+        best = reader_losses(corpus, rows, rows["role_loss"])
+    both = [rows["syntax_only"], best]
     return [float(losses[:, 1:].mean()) for losses in both]
 
 

@@ -1,23 +1,17 @@
 """Intervals on data whose coverage is known, and tests of pairs against their definitions."""
 
-from itertools import combinations, product
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from latentree.evidence.intervals import (
     bootstrap,
-    holm,
     over_seeds,
-    paired,
     ratio,
     recovered_share,
+    sign_test,
     t_interval,
 )
-from scipy import stats
 
 
 def test_intervals_cover_as_often_as_they_say():
@@ -59,55 +53,11 @@ def test_recovered_share_is_one_for_the_ceiling_and_zero_for_the_floor():
     assert low < value < high and value == pytest.approx(0.5, abs=0.1)
 
 
-def by_signs(values, statistic):
-    """The share of all ways to set the signs in which a statistic is as large as it is, or larger."""
-    signs = np.array(list(product((1, -1), repeat=len(values))))
-    ways = np.array([statistic(row * np.abs(values)) for row in signs])
-    return np.mean(ways >= statistic(values) - 1e-12)
-
-
-def test_paired_differences_are_tested_one_sided():
-    values = np.random.default_rng(1).normal(0.4, 1, 9)
-    found, turned = paired(values), paired(-values)
-    ranks = stats.rankdata(np.abs(values))
-    assert found["d"] == pytest.approx(values.mean() / values.std(ddof=1)) == -turned["d"]
-    assert found["permutation"] == pytest.approx(by_signs(values, np.mean))
-    assert found["wilcoxon"] == pytest.approx(by_signs(values, lambda v: ranks[v > 0].sum()))
-    assert found["t"] == pytest.approx(stats.t.sf(found["d"] * 3, 8))
-    assert found["permutation"] + turned["permutation"] == pytest.approx(1 + 2**-9)
-
-
-def test_when_all_pairs_agree_no_sign_test_is_below_its_least():
-    found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert found["permutation"] == 2.0**-5 == found["wilcoxon"]
-    assert paired([2.0, 2.0, 2.0])["permutation"] == 2.0**-3  # and no spread, no d
-    assert np.isnan(paired([2.0, 2.0, 2.0])["d"])
-
-
-def test_the_interval_of_d_is_that_of_resampled_pairs():
-    values, rng = np.random.default_rng(2).normal(0.8, 1, 14), np.random.default_rng(3)
-    drawn = rng.choice(values, (8000, 14))
-    expected = np.quantile(drawn.mean(1) / drawn.std(1, ddof=1), [0.025, 0.975])
-    found = paired(values)
-    assert (found["d_low"], found["d_high"]) == pytest.approx(expected, abs=0.08)
-
-
-def test_a_pair_that_is_no_number_is_named():
-    """scipy gives it p = 0."""
-    with pytest.raises(ValueError, match=r"differences = \[1.0, nan\]: give 2 or more"):
-        paired([1.0, float("nan")])
-
-
-@given(st.lists(st.floats(0, 1) | st.sampled_from([0.01, 0.02, 0.05]), min_size=1, max_size=6))
-@settings(max_examples=100, deadline=None)
-def test_holm_closes_bonferronis_test(p):
-    """An adjusted p is the largest that Bonferroni gives to a set of tests with this one in it."""
-    expected = np.zeros(len(p))
-    for size in range(1, len(p) + 1):
-        for chosen in combinations(range(len(p)), size):
-            adjusted = min(1, size * min(p[i] for i in chosen))
-            expected[list(chosen)] = np.maximum(expected[list(chosen)], adjusted)
-    np.testing.assert_allclose(holm(p), expected, rtol=1e-12)
+def test_signs_are_counted_exactly():
+    share, low, high, p = sign_test([3.0, 1.0, 2.0, 0.5, 0.1, 4.0, 9.0])
+    assert (share, high, p) == (1.0, 1.0, 2.0**-7) and low == pytest.approx(0.025 ** (1 / 7))
+    assert sign_test([-1.0, 2.0, 0.0])[::3] == (0.5, 0.75)
+    assert sign_test([0.0])[1:] == (0.0, 1.0, 1.0)
 
 
 def test_over_seeds_takes_means_and_leaves_single_seeds_as_they_were():

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from latentree.data.codebook import Codebook
 from latentree.data.corpus import held_out, load_corpus
-from latentree.data.two_level import TwoLevel
 from latentree.run.trainings import main, planned
 from latentree.series.checkpoints import LocalSeries
 from latentree.train import jobs
@@ -26,7 +26,7 @@ SMALL |= {"checkpoints_even": 1, "checkpoints_log": 0}
 
 
 def jobs_in(folder, tokens=1280):
-    corpora = [load_corpus("bound"), TwoLevel(segments=4)]
+    corpora = [load_corpus("bound"), Codebook(segments=16)]
     return plan(corpora, [tokens] * 2, [0], folder, held_out_sequences=4, **SMALL)
 
 
@@ -142,7 +142,7 @@ def test_a_pool_holds_what_every_notebook_trains_and_no_model_twice():
     bound = ["seed-0", "seed-1", "seed-2", "layers-3-seed-0", "olmo-seed-0"]
     assert {f"bound/{name}" for name in bound} | {"released-ngram/seed-0"} <= under
     assert "released-ngram/seed-1" not in under  # trained once
-    assert {"sectioned/seed-1", "nested/seed-1", "toy-matched-flat/seed-1"} <= under
+    assert {"sectioned/seed-1", "nested/seed-1", "codebook-8/seed-1"} <= under
     layers = {folder.parts[-2:]: config.layers for folder, (config, _, _) in jobs.items()}
     assert layers["bound", "layers-3-seed-0"] == 3 and layers["bound", "seed-0"] == 2
 

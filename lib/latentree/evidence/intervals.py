@@ -1,4 +1,4 @@
-"""Intervals over independent units (sequences, documents, seeds); tests of paired differences."""
+"""Intervals over independent units (sequences, documents, seeds), and an exact test of signs."""
 
 import numpy as np
 import pandas as pd
@@ -81,38 +81,20 @@ def recovered_share(loss, without, aware):
     return bootstrap(np.stack([loss, without, aware], 1), share)
 
 
-def paired(differences, draws=2000, seed=0) -> dict:
-    """Do paired differences (pairs,) lie above 0? Every test is one-sided.
+def sign_test(values) -> tuple[float, float, float, float]:
+    """Are values (units,) more often above 0 than below? (share, low, high, p), exact.
 
-    Returns their mean; Cohen's d of paired differences (mean / standard deviation) with 95 % by
-    bootstrap; p by permutation (all signs, exact: never below 2^-pairs), wilcoxon and t.
-    Raises ValueError for fewer than 2 pairs, or one that is not finite.
+    Units at 0 are left out. The 95 % interval is Clopper and Pearson's, p of the one-sided sign
+    test.
     """
-    values = np.asarray(differences, dtype=float)
-    if len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError(f"differences = {values.tolist()}: give 2 or more, all of them finite")
-
-    def effect(sample):
-        spread = sample.std(1, ddof=1)
-        return sample.mean(1) / np.where(spread > 0, spread, np.nan)
-
-    chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.nanquantile(effect(values[chosen]), [0.025, 0.975])
-    exact = {"permutation_type": "samples", "n_resamples": np.inf, "alternative": "greater"}
-    return {
-        "mean": float(values.mean()),
-        "d": float(effect(values[None])[0]),
-        "d_low": float(low),
-        "d_high": float(high),
-        "permutation": float(stats.permutation_test((values,), np.mean, **exact).pvalue),
-        "wilcoxon": float(stats.wilcoxon(values, 0, "zsplit", False, "greater").pvalue),
-        "t": float(stats.ttest_1samp(values, 0, alternative="greater").pvalue),
-    }
-
-
-def holm(p) -> np.ndarray:
-    """p-values (tests,) adjusted for their number, by Holm's step-down method (Holm 1979)."""
-    p = np.asarray(p, dtype=float)
-    order = p.argsort()
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
-    return stepped[order.argsort()]
+    values = np.asarray(values)
+    above, told = int((values > 0).sum()), int((values != 0).sum())
+    if not told:
+        return float("nan"), 0.0, 1.0, 1.0
+    share = stats.binomtest(above, told).proportion_ci()
+    return (
+        above / told,
+        share.low,
+        share.high,
+        stats.binomtest(above, told, alternative="greater").pvalue,
+    )

@@ -36,6 +36,8 @@ class Names:
 NAMES = {
     "llama": Names(),
     "olmo": Names(),
+    # Built here with attention to the last 8 tokens only, which forces a model to relay.
+    "mistral": Names(config={"sliding_window": 8}),
     "olmo2": Names(
         input_norm=None,
         attention_norm="post_attention_layernorm",
