@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from latentree.evidence.curves import (
     Curve,
     curves,
-    difference,
     doublings_later,
+    ended,
     half_way,
     sequence_sums,
     tidy,
@@ -104,13 +104,15 @@ def test_intervals_of_half_way_tokens_cover_them_and_order_is_found():
     assert doublings_later(early.rise(), lifted.rise())[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_differences_are_of_the_same_sequences():
-    easy = rising(1000, 0.5)
-    harder = Curve(easy.tokens, easy.sums - 0.1 * easy.counts, easy.counts)
-    value, low, high = difference(easy, harder)
-    assert value == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)
-    with pytest.raises(ValueError, match=r"\(40, 1\).*\(5, 1\).*give curves of the same"):
-        difference(easy, easy.at(sequences=slice(5)))
+def test_half_of_a_whole_that_is_given_and_of_one_that_is_never_reached():
+    curve = one_sequence([1, 10, 100, 1000], [0, 0.2, 0.6, 0.8])
+    assert half_way(curve)[0] == pytest.approx(10 ** (1 + 0.5))
+    assert half_way(curve, 1.2)[0] == pytest.approx(100)
+    assert np.isnan(half_way(curve, 2.0)[0])
+    later = one_sequence([1, 10, 100, 1000], [0, 0, 0.2, 1.0])
+    assert doublings_later(curve, later, 1.2)[0] == pytest.approx(np.log2(10**0.5))
+    with pytest.raises(ValueError, match=r"\(1, 4\).*\(1, 2\).*give curves of the same"):
+        doublings_later(curve, later.at(slice(2)))
 
 
 def test_the_widest_interval_holds_those_of_every_other_checkpoint():
@@ -124,8 +126,9 @@ def test_the_widest_interval_holds_those_of_every_other_checkpoint():
             assert low <= other_low and other_high <= high
 
 
-def test_a_curve_has_ended_if_it_hardly_rises_in_its_last_quarter():
-    early, late = rising(1000, 0.5), rising(200_000, 0.5)
-    assert ended(early) and not ended(late)
-    falling = Curve(early.tokens, -early.sums, early.counts)
-    assert ended(falling)  # what never rises is not still rising
+def test_a_curve_has_ended_if_its_last_quarter_hardly_changed_it():
+    tokens = np.linspace(0, 100, 21)
+    assert ended(one_sequence(tokens, 1 - np.exp(-tokens / 5)))
+    assert ended(one_sequence(tokens, np.exp(-tokens / 5)))
+    assert not ended(one_sequence(tokens, tokens))
+    assert not ended(one_sequence(tokens, -tokens))

@@ -32,3 +32,15 @@ def test_a_product_of_two_symbols_is_not_read_linearly():
     together = linear_probe(pair[None], label, at)
     assert apart["sum"].sum() / apart["count"].sum() < 0.65
     assert together["sum"].sum() == together["count"].sum()
+
+
+def test_beside_what_is_known_a_state_adds_what_it_holds_itself_whatever_its_scale():
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (400, 1), generator=draw)
+    known = torch.nn.functional.one_hot(labels // 2).float() + torch.zeros(400, 1, 1)
+    holds = 1e-4 * torch.nn.functional.one_hot(labels).float()
+    noise = 1e4 * torch.randn(400, 1, 5, generator=draw)
+    at = torch.ones(400, 1, dtype=torch.bool)
+    table = linear_probe(torch.stack([holds, noise]), labels, at, known)
+    share = table.groupby("layer")["sum"].sum() / 200
+    assert share[0] == 1 and 0.5 < share[1] < 0.7  # of 5 labels known up to 2, 2 and 1
