@@ -13,6 +13,7 @@ from latentree.evidence.curves import (
     ended,
     half_way,
     sequence_sums,
+    successive,
     tidy,
     widest,
 )
@@ -132,3 +133,14 @@ def test_a_curve_has_ended_if_its_last_quarter_hardly_changed_it():
     assert ended(one_sequence(tokens, np.exp(-tokens / 5)))
     assert not ended(one_sequence(tokens, tokens))
     assert not ended(one_sequence(tokens, -tokens))
+
+
+def test_successive_curves_are_compared_where_they_reach_it():
+    found = {name: rising(middle, 0.3) for name, middle in (("a", 100), ("b", 1600), ("d", 6400))}
+    low = rising(1600, 0.3)
+    found = found | {"c": Curve(low.tokens, 0.1 * low.sums, low.counts)}
+    order = {name: found[name] for name in "abcd"}  # of which c never rises to a quarter
+    steps = successive(order, 0.5)
+    assert list(steps) == [("a", "b"), ("b", "d")]
+    assert steps["a", "b"][0] == pytest.approx(4, abs=0.3)
+    assert steps["b", "d"][0] == pytest.approx(2, abs=0.3)

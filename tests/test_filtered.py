@@ -81,7 +81,7 @@ def test_the_law_is_that_of_all_trees_enumerated(symbols, depth):
 def test_the_sampler_draws_what_is_enumerated():
     for filter in range(3):
         process = tree(filter)
-        drawn = leaves_of(process, 20_000)
+        drawn = process.documents(torch.arange(20_000)).tokens.view(-1, 5)[:, 1:]
         number = (drawn * torch.tensor([8, 4, 2, 1])).sum(1)
         share = torch.bincount(number, minlength=16) / len(drawn)
         assert (share - enumerated(process).flatten()).abs().max() < 0.015
@@ -153,3 +153,11 @@ def test_a_training_window_is_one_tree():
 def test_a_filter_deeper_than_the_tree_is_refused():
     with pytest.raises(ValueError, match="filter = 5: give a level of the tree, from 0 to 4"):
         FilteredTree("tree", 5)
+
+
+def test_a_drawn_tree_has_the_leaves_of_its_document_and_the_filters_nodes():
+    for filter, children in ((0, 2), (1, 2), (2, 4), (4, 16)):
+        corpus = load_corpus(f"filtered-{filter}")
+        drawn, tokens = corpus.tree(3), corpus.documents([3]).tokens[1:]
+        assert drawn.leaves() == [chr(65 + token) for token in tokens.tolist()]
+        assert len(drawn) == children

@@ -13,6 +13,7 @@ from latentree.evidence.intervals import (
     holm,
     over_seeds,
     paired,
+    pooled,
     ratio,
     recovered_share,
     t_interval,
@@ -126,3 +127,11 @@ def test_over_seeds_takes_means_and_leaves_single_seeds_as_they_were():
     exact = over_seeds(table, ["corpus", "step"], "t").set_index("corpus")
     expected = t_interval([1.0, 2.0, 6.0])
     assert exact.loc["a", ["value", "low", "high"]].tolist() == pytest.approx(list(expected))
+
+
+def test_seeds_pooled_are_no_surer_than_each_of_them():
+    assert pooled([(1, 0, 2), (5, 4, 6)]) == (1, 0, 2)
+    agree = [(1.0, 0.5, 1.5), (1.1, 0.6, 1.6), (0.9, 0.3, 1.4)]
+    assert pooled(agree) == (pytest.approx(1), 0.3, 1.6)
+    value, low, high = pooled([(v, v - 0.1, v + 0.1) for v in (0, 1, 2)])
+    assert (value, low, high) == pytest.approx(t_interval([0, 1, 2]))

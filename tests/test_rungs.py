@@ -5,8 +5,16 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from latentree.data.corpus import held_out, load_corpus
-from latentree.measure.rungs import attention_by_distance, climb, climbed, ladder
+from latentree.data.corpus import HELD_OUT, held_out, load_corpus
+from latentree.measure.rungs import (
+    attention_by_distance,
+    climb,
+    climbed,
+    ladder,
+    level_names,
+    tops,
+    without_model,
+)
 from latentree.train.model import build_model
 
 torch.set_num_threads(1)
@@ -21,23 +29,23 @@ def points(table, quantity):
 
 
 def test_a_model_that_is_a_rung_is_nearest_to_it_at_no_distance():
-    for number, law in enumerate(LAWS):
+    for number, law in LAWS.items():
         far = points(climb(law.log(), LAWS), "distance")
         assert far.idxmin() == number and far[number] == pytest.approx(0, abs=1e-12)
         assert far.drop(number).min() > 0.015
 
 
 def test_a_rung_has_the_levels_up_to_it_and_none_above():
-    for number in range(6):
-        share = points(climb(LAWS[number].log(), LAWS), "share")
-        assert share.loc[:number].between(0.7, 1.01).all()
-        assert share.loc[number + 1 :].abs().max() < 0.12 if number < 5 else True
+    for number, law in enumerate(LAWS.values()):
+        share = points(climb(law.log(), LAWS), "share")[level_names(LAWS)]
+        assert share[:number].between(0.7, 1.01).all()
+        assert (share[number:].abs() < 0.12).all()
 
 
 @pytest.mark.parametrize("pace", [0.0, 0.2, 0.6, 1.0])
 def test_who_takes_all_levels_at_one_pace_has_the_same_share_of_each(pace):
     """All rungs in parallel: the geometric mixture of knowing nothing and knowing all."""
-    parallel = (pace * LAWS[-1].log()).log_softmax(-1)
+    parallel = (pace * LAWS["filter 0"].log()).log_softmax(-1)
     share = points(climb(parallel, LAWS), "share")
     assert share.to_numpy() == pytest.approx(pace)
 
@@ -45,10 +53,10 @@ def test_who_takes_all_levels_at_one_pace_has_the_same_share_of_each(pace):
 def test_a_models_distance_is_its_excess_loss_over_its_own_rung():
     model = build_model("llama", 9, 1, 16, 2, 17).eval()
     table = climbed(model, TOKENS, LAWS)
-    log_p = model(TOKENS).logits.log_softmax(-1)[:, :-1, :8].double()
-    entropy = -(LAWS[-1] * LAWS[-1].log()).sum(-1).mean()
-    expected = -(LAWS[-1] * log_p).sum(-1).mean() - entropy
-    assert points(table, "distance")[5] == pytest.approx(float(expected), abs=1e-5)
+    log_p = model(TOKENS).logits.detach().log_softmax(-1)[:, :-1, :8].double()
+    entropy = -(LAWS["filter 0"] * LAWS["filter 0"].log()).sum(-1).mean()
+    expected = -(LAWS["filter 0"] * log_p).sum(-1).mean() - entropy
+    assert points(table, "distance")["filter 0"] == pytest.approx(float(expected), abs=1e-5)
     assert set(table["sequence"]) == set(range(300))
 
 
@@ -62,7 +70,22 @@ def test_attention_is_told_apart_by_the_distance_in_the_tree(monkeypatch):
     shown = torch.stack([to_sister, even])[:, None, None]
     monkeypatch.setattr("latentree.measure.rungs.patterns", lambda model, tokens: shown)
     found = attention_by_distance(SimpleNamespace(), TOKENS[:1])
-    found = found.pivot(index="layer", columns="distance", values="value")
+    found = found.pivot(index="block", columns="distance", values="value")
     assert isinstance(found, pd.DataFrame) and list(found.columns) == [1, 2, 3, 4]
-    assert found.loc[1].to_numpy() == pytest.approx(1)
-    assert found.loc[0, 1] > 5 and (found.loc[0, [2, 3, 4]] == 0).all()
+    assert found.loc[2].to_numpy() == pytest.approx(1)
+    assert found.loc[1, 1] > 5 and (found.loc[1, [2, 3, 4]] == 0).all()
+
+
+def test_what_stands_without_a_model_is_what_the_subtree_shows():
+    rows = held_out(PROCESS, 5, 17)
+    top, ends = tops(PROCESS, rows, 2)
+    assert ends[0].nonzero()[:, 0].tolist() == [4, 8, 12]
+    leaves, place = TOKENS[3, 1:], 8  # of subtrees of four the second
+    assert top[3, place] == PROCESS.documents([HELD_OUT + 6]).token["level2"][place]
+    known = without_model(PROCESS, rows, 2)
+    shown = known["its symbols"][3, place, 17:].view(4, 9).argmax(1)
+    assert shown.tolist() == leaves[4:8].flip(0).tolist()
+    pairs = known["its pairs"][3, place, 17:].view(2, 81).argmax(1)
+    one, other = leaves[4:6], leaves[6:8]
+    assert pairs.tolist() == [int(pair[1] * 9 + pair[0]) for pair in (other, one)]
+    assert known["place"][3, place].argmax() == place

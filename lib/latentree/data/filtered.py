@@ -5,6 +5,7 @@ right. exact/filtered.py has the exact law of the next symbol.
 """
 
 import torch
+from nltk import Tree
 
 from latentree.data import counter
 from latentree.data.corpus import Corpus, Documents
@@ -90,3 +91,19 @@ class FilteredTree(Corpus):
         return Documents(
             {name: field.expand(shape).flatten() for name, field in fields.items()}, count
         )
+
+    def tree(self, number) -> Tree:
+        """The tree of a document, by its number, with letters for symbols."""
+        fields = self.documents([number]).token
+        fields[f"level{self.depth}"] = fields["tokens"]
+        kept = [0, *range(max(1, self.filter), self.depth + 1)]
+
+        def grown(level, node):
+            label = chr(65 + fields[f"level{level}"][1 + node * 2 ** (self.depth - level)])
+            if level == self.depth:
+                return label
+            below = kept[kept.index(level) + 1]
+            width = 2 ** (below - level)
+            return Tree(label, [grown(below, node * width + child) for child in range(width)])
+
+        return grown(0, 0)

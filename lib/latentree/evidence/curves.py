@@ -5,6 +5,7 @@ interval over sequences: a mean is a ratio of sums, and sequences are drawn for 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -100,6 +101,16 @@ def doublings_later(first: Curve, second: Curve, whole: float | None = None) -> 
         return np.log2(halves[1] / halves[0])
 
     return _resampled(later, first, second)
+
+
+def successive(found: dict, whole: float) -> dict:
+    """{(one, next): `widest` `doublings_later`} of curves {name: Curve} that reach half of `whole`.
+
+    Each is compared with the one that comes next in the order given, among those that reach it.
+    """
+    reached = [name for name, curve in found.items() if np.isfinite(half_way(curve, whole)).all()]
+    later = partial(doublings_later, whole=whole)
+    return {(a, b): widest(later, found[a], found[b]) for a, b in zip(reached, reached[1:])}
 
 
 def widest(measure, *found: Curve) -> tuple:

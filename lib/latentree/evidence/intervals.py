@@ -31,6 +31,18 @@ def t_interval(values, level=0.95):
     return mean, mean - reach, mean + reach
 
 
+def pooled(intervals) -> tuple:
+    """One (value, low, high) of several seeds': by Student's t, no narrower than any one's own.
+
+    Of fewer than three seeds it is the first one's.
+    """
+    if len(intervals) < 3:
+        return tuple(intervals[0])
+    value, low, high = zip(*intervals)
+    middle, lower, upper = t_interval(value)
+    return middle, min(lower, *low), max(upper, *high)
+
+
 def over_seeds(table: pd.DataFrame, keys: list, spread: str = "range") -> pd.DataFrame:
     """Rows that agree in `keys` and differ in `seed` as one row: the means of their numbers.
 
