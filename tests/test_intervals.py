@@ -15,7 +15,6 @@ from latentree.evidence.intervals import (
     paired,
     pooled,
     ratio,
-    recovered_share,
     t_interval,
 )
 from scipy import stats
@@ -48,16 +47,6 @@ def test_a_ratio_weighs_sequences_by_what_they_count():
     scores = torch.tensor([[1.0], [2.0], [4.0], [5.0]]).double()
     found = torch.stack(ratio(scores, torch.ones(4, 1)))[:, 0]
     assert found.tolist() == pytest.approx(t_interval(scores[:, 0]))
-
-
-def test_recovered_share_is_one_for_the_ceiling_and_zero_for_the_floor():
-    rng = np.random.default_rng(0)
-    without, aware = 2 + rng.random(50), 1 + rng.random(50)
-    assert recovered_share(aware, without, aware) == (1.0, 1.0, 1.0)
-    assert recovered_share(without, without, aware) == (0.0, 0.0, 0.0)
-    loss = (without + aware) / 2 + rng.normal(0, 0.1, 50)
-    value, low, high = recovered_share(loss, without, aware)
-    assert low < value < high and value == pytest.approx(0.5, abs=0.1)
 
 
 def by_signs(values, statistic):

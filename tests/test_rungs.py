@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from latentree.data.corpus import HELD_OUT, held_out, load_corpus
+from latentree.evidence.curves import curves, successive
 from latentree.measure.rungs import (
     attention_by_distance,
     climb,
@@ -19,7 +20,7 @@ from latentree.train.model import build_model
 
 torch.set_num_threads(1)
 PROCESS = load_corpus("filtered-0")
-TOKENS = held_out(PROCESS, 300, 17)["tokens"]
+TOKENS = held_out(PROCESS, 200, 17)["tokens"]
 LAWS = ladder(PROCESS, TOKENS[:, 1:])
 
 
@@ -57,7 +58,7 @@ def test_a_models_distance_is_its_excess_loss_over_its_own_rung():
     entropy = -(LAWS["filter 0"] * LAWS["filter 0"].log()).sum(-1).mean()
     expected = -(LAWS["filter 0"] * log_p).sum(-1).mean() - entropy
     assert points(table, "distance")["filter 0"] == pytest.approx(float(expected), abs=1e-5)
-    assert set(table["sequence"]) == set(range(300))
+    assert set(table["sequence"]) == set(range(200))
 
 
 def test_attention_is_told_apart_by_the_distance_in_the_tree(monkeypatch):
@@ -89,3 +90,20 @@ def test_what_stands_without_a_model_is_what_the_subtree_shows():
     one, other = leaves[4:6], leaves[6:8]
     assert pairs.tolist() == [int(pair[1] * 9 + pair[0]) for pair in (other, one)]
     assert known["place"][3, place].argmax() == place
+
+
+def steps_of(predictions):
+    tables = [climb(log_p, LAWS).assign(step=2**n) for n, log_p in enumerate(predictions)]
+    table = pd.concat(tables)
+    found = curves(table[table["quantity"] == "share"], "name", 1)
+    return successive({name: found[name] for name in level_names(LAWS)}, 0.5)
+
+
+def test_rung_after_rung_passes_the_rule_for_stages_and_all_in_parallel_does_not():
+    staged = torch.stack(list(LAWS.values())).repeat_interleave(4, 0).log()
+    steps = steps_of(staged)
+    assert len(steps) == 4 and all(low > 1 for _, low, _ in steps.values())
+    paces = 2.0 ** torch.linspace(-5, 0, 24)
+    steps = steps_of([(pace * LAWS["filter 0"].log()).log_softmax(-1) for pace in paces])
+    assert len(steps) == 4 and all(abs(value) < 0.01 for value, _, _ in steps.values())
+    assert not any(low > 0.01 for _, low, _ in steps.values())

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from latentree.evidence.intervals import bootstrap, ratio
+from latentree.evidence.intervals import ratio
+
+_DRAWS = 2000  # of the bootstrap over sequences
 
 
 @dataclass
@@ -144,10 +146,11 @@ def _resampled(statistic, *found: Curve) -> tuple:
     shapes = [curve.sums.shape for curve in found]
     if len(set(shapes)) > 1:
         raise ValueError(f"curves: (sequences, checkpoints) are {shapes}; give curves of the same")
-    stacked = np.stack([part for curve in found for part in (curve.sums, curve.counts)], 1)
-
-    def of_draws(drawn):  # (draws, sequence, sums and counts of each curve, checkpoint)
-        means = drawn.mean(1)
-        return statistic(*np.moveaxis(means[:, 0::2] / means[:, 1::2], 1, 0))
-
-    return bootstrap(stacked, of_draws)
+    parts = [part for curve in found for part in (curve.sums, curve.counts)]
+    count, points = len(parts[0]), len(found[0].tokens)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_DRAWS)
+    weights = np.concatenate([np.ones((1, count)), drawn])  # the first: every sequence once
+    totals = (weights @ np.concatenate(parts, 1)).reshape(len(weights), len(found), 2, points)
+    values = statistic(*np.moveaxis(totals[:, :, 0] / totals[:, :, 1], 1, 0))
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return float(values[0]), float(low), float(high)

@@ -80,19 +80,6 @@ def ratio(sums, counts):
     return value, value - reach, value + reach
 
 
-def recovered_share(loss, without, aware):
-    """Bootstrap over sequences of (without - loss) / (without - aware), each (sequences,).
-
-    0 says no better than the predictor without the latents, 1 as good as the one that knows them.
-    """
-
-    def share(sample):
-        own, worst, best = np.moveaxis(sample.mean(1), -1, 0)
-        return (worst - own) / (worst - best)
-
-    return bootstrap(np.stack([loss, without, aware], 1), share)
-
-
 def paired(differences, draws=2000, seed=0) -> dict:
     """Do paired differences (pairs,) lie above 0? Every test is one-sided.
 
