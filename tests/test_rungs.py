@@ -92,18 +92,20 @@ def test_what_stands_without_a_model_is_what_the_subtree_shows():
     assert known["place"][3, place].argmax() == place
 
 
+FEW = {name: law[:60] for name, law in LAWS.items()}
+
+
 def steps_of(predictions):
-    tables = [climb(log_p, LAWS).assign(step=2**n) for n, log_p in enumerate(predictions)]
+    tables = [climb(log_p, FEW).assign(step=2**n) for n, log_p in enumerate(predictions)]
     table = pd.concat(tables)
     found = curves(table[table["quantity"] == "share"], "name", 1)
-    return successive({name: found[name] for name in level_names(LAWS)}, 0.5)
+    return successive({name: found[name] for name in level_names(FEW)}, 0.5)
 
 
 def test_rung_after_rung_passes_the_rule_for_stages_and_all_in_parallel_does_not():
-    staged = torch.stack(list(LAWS.values())).repeat_interleave(4, 0).log()
-    steps = steps_of(staged)
-    assert len(steps) == 4 and all(low > 1 for _, low, _ in steps.values())
-    paces = 2.0 ** torch.linspace(-5, 0, 24)
-    steps = steps_of([(pace * LAWS["filter 0"].log()).log_softmax(-1) for pace in paces])
+    steps = steps_of(torch.stack(list(FEW.values())).repeat_interleave(3, 0).log())
+    assert len(steps) == 4 and all(low > 0.5 for _, low, _ in steps.values())
+    paces = 2.0 ** torch.linspace(-5, 0, 12)
+    steps = steps_of([(pace * FEW["filter 0"].log()).log_softmax(-1) for pace in paces])
     assert len(steps) == 4 and all(abs(value) < 0.01 for value, _, _ in steps.values())
     assert not any(low > 0.01 for _, low, _ in steps.values())
