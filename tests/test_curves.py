@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from latentree.evidence.curves import (
     Curve,
     curves,
-    difference,
     doublings_later,
+    ended,
     half_way,
     sequence_sums,
+    successive,
     tidy,
     widest,
 )
@@ -104,13 +105,15 @@ def test_intervals_of_half_way_tokens_cover_them_and_order_is_found():
     assert doublings_later(early.rise(), lifted.rise())[0] == pytest.approx(0, abs=1e-6)
 
 
-def test_differences_are_of_the_same_sequences():
-    easy = rising(1000, 0.5)
-    harder = Curve(easy.tokens, easy.sums - 0.1 * easy.counts, easy.counts)
-    value, low, high = difference(easy, harder)
-    assert value == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)
-    with pytest.raises(ValueError, match=r"\(40, 1\).*\(5, 1\).*give curves of the same"):
-        difference(easy, easy.at(sequences=slice(5)))
+def test_half_of_a_whole_that_is_given_and_of_one_that_is_never_reached():
+    curve = one_sequence([1, 10, 100, 1000], [0, 0.2, 0.6, 0.8])
+    assert half_way(curve)[0] == pytest.approx(10 ** (1 + 0.5))
+    assert half_way(curve, 1.2)[0] == pytest.approx(100)
+    assert np.isnan(half_way(curve, 2.0)[0])
+    later = one_sequence([1, 10, 100, 1000], [0, 0, 0.2, 1.0])
+    assert doublings_later(curve, later, 1.2)[0] == pytest.approx(np.log2(10**0.5))
+    with pytest.raises(ValueError, match=r"\(1, 4\).*\(1, 2\).*give curves of the same"):
+        doublings_later(curve, later.at(slice(2)))
 
 
 def test_the_widest_interval_holds_those_of_every_other_checkpoint():
@@ -122,3 +125,22 @@ def test_the_widest_interval_holds_those_of_every_other_checkpoint():
         for chosen in ([*range(0, size - 1, 2), size - 1], [*range((size - 1) % 2, size, 2)]):
             _, other_low, other_high = doublings_later(early.at(chosen), late.at(chosen))
             assert low <= other_low and other_high <= high
+
+
+def test_a_curve_has_ended_if_its_last_quarter_hardly_changed_it():
+    tokens = np.linspace(0, 100, 21)
+    assert ended(one_sequence(tokens, 1 - np.exp(-tokens / 5)))
+    assert ended(one_sequence(tokens, np.exp(-tokens / 5)))
+    assert not ended(one_sequence(tokens, tokens))
+    assert not ended(one_sequence(tokens, -tokens))
+
+
+def test_successive_curves_are_compared_where_they_reach_it():
+    found = {name: rising(middle, 0.3) for name, middle in (("a", 100), ("b", 1600), ("d", 6400))}
+    low = rising(1600, 0.3)
+    found = found | {"c": Curve(low.tokens, 0.1 * low.sums, low.counts)}
+    order = {name: found[name] for name in "abcd"}  # of which c never rises to a quarter
+    steps = successive(order, 0.5)
+    assert list(steps) == [("a", "b"), ("b", "d")]
+    assert steps["a", "b"][0] == pytest.approx(4, abs=0.3)
+    assert steps["b", "d"][0] == pytest.approx(2, abs=0.3)

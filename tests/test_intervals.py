@@ -7,8 +7,8 @@ import torch
 from latentree.evidence.intervals import (
     bootstrap,
     over_seeds,
+    pooled,
     ratio,
-    recovered_share,
     sign_test,
     t_interval,
 )
@@ -43,16 +43,6 @@ def test_a_ratio_weighs_sequences_by_what_they_count():
     assert found.tolist() == pytest.approx(t_interval(scores[:, 0]))
 
 
-def test_recovered_share_is_one_for_the_ceiling_and_zero_for_the_floor():
-    rng = np.random.default_rng(0)
-    without, aware = 2 + rng.random(50), 1 + rng.random(50)
-    assert recovered_share(aware, without, aware) == (1.0, 1.0, 1.0)
-    assert recovered_share(without, without, aware) == (0.0, 0.0, 0.0)
-    loss = (without + aware) / 2 + rng.normal(0, 0.1, 50)
-    value, low, high = recovered_share(loss, without, aware)
-    assert low < value < high and value == pytest.approx(0.5, abs=0.1)
-
-
 def test_signs_are_counted_exactly():
     share, low, high, p = sign_test([3.0, 1.0, 2.0, 0.5, 0.1, 4.0, 9.0])
     assert (share, high, p) == (1.0, 1.0, 2.0**-7) and low == pytest.approx(0.025 ** (1 / 7))
@@ -76,3 +66,11 @@ def test_over_seeds_takes_means_and_leaves_single_seeds_as_they_were():
     exact = over_seeds(table, ["corpus", "step"], "t").set_index("corpus")
     expected = t_interval([1.0, 2.0, 6.0])
     assert exact.loc["a", ["value", "low", "high"]].tolist() == pytest.approx(list(expected))
+
+
+def test_seeds_pooled_are_no_surer_than_each_of_them():
+    assert pooled([(1, 0, 2), (5, 4, 6)]) == (1, 0, 2)
+    agree = [(1.0, 0.5, 1.5), (1.1, 0.6, 1.6), (0.9, 0.3, 1.4)]
+    assert pooled(agree) == (pytest.approx(1), 0.3, 1.6)
+    value, low, high = pooled([(v, v - 0.1, v + 0.1) for v in (0, 1, 2)])
+    assert (value, low, high) == pytest.approx(t_interval([0, 1, 2]))

@@ -142,7 +142,12 @@ def test_a_pool_holds_what_every_notebook_trains_and_no_model_twice():
     bound = ["seed-0", "seed-1", "seed-2", "layers-3-seed-0", "olmo-seed-0"]
     assert {f"bound/{name}" for name in bound} | {"released-ngram/seed-0"} <= under
     assert "released-ngram/seed-1" not in under  # trained once
-    assert {"sectioned/seed-1", "nested/seed-1", "codebook-8/seed-1"} <= under
+    assert {
+        "sectioned/seed-0",
+        "filtered-0/seed-1",
+        "filtered-4/seed-0",
+        "codebook-8/seed-1",
+    } <= under
     layers = {folder.parts[-2:]: config.layers for folder, (config, _, _) in jobs.items()}
     assert layers["bound", "layers-3-seed-0"] == 3 and layers["bound", "seed-0"] == 2
 

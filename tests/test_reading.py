@@ -21,7 +21,7 @@ PROMISED = {
     "04": {"fv-on-bound", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words"}
     | {"fv-not-on-bound-flat"},
     "05": {"amplification"},
-    "06": {"shallow-before-deep", "legal-mass-saturates-early-on-bound", "no-latents-on-flat"},
+    "06": {"shallow-before-deep", "tree-beyond-last-roles", "filter-stops"},
 }
 
 

@@ -5,12 +5,15 @@ interval over sequences: a mean is a ratio of sums, and sequences are drawn for 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
 
-from latentree.evidence.intervals import bootstrap, ratio
+from latentree.evidence.intervals import ratio
+
+_DRAWS = 2000  # of the bootstrap over sequences
 
 
 @dataclass
@@ -77,26 +80,39 @@ def tidy(found: dict, names: list) -> pd.DataFrame:
     return pd.concat(tables, names=names).reset_index(level=names).reset_index(drop=True)
 
 
-def half_way(curve: Curve) -> tuple:
-    """(tokens, low, high) after which `curve` first passes half of its last value.
+def ended(curve: Curve, share: float = 0.05) -> bool:
+    """Whether the last quarter of the tokens brought at most `share` of a curve's whole change."""
+    values = curve.values
+    late = values[-1] - np.interp(0.75 * curve.tokens[-1], curve.tokens, values)
+    return bool(abs(late) <= share * abs(values[-1] - values[0]))
 
-    Linear in log tokens (0 counts as 1); NaN if the last value is not above 0. 95 % by bootstrap.
+
+def half_way(curve: Curve, whole: float | None = None) -> tuple:
+    """(tokens, low, high) after which `curve` first passes half of `whole`, its last value if None.
+
+    Linear in log tokens (0 counts as 1); NaN if it never does. 95 % by bootstrap.
     """
-    return _resampled(lambda values: _half_way(curve.tokens, values), curve)
+    return _resampled(lambda values: _half_way(curve.tokens, values, whole), curve)
 
 
-def doublings_later(first: Curve, second: Curve) -> tuple:
+def doublings_later(first: Curve, second: Curve, whole: float | None = None) -> tuple:
     """(log2 of the second's half-way tokens over the first's, low, high), 95 % by bootstrap."""
 
     def later(one, other):
-        return np.log2(_half_way(second.tokens, other) / _half_way(first.tokens, one))
+        halves = [_half_way(c.tokens, v, whole) for c, v in ((first, one), (second, other))]
+        return np.log2(halves[1] / halves[0])
 
     return _resampled(later, first, second)
 
 
-def difference(one: Curve, other: Curve) -> tuple:
-    """(value, low, high) of one curve's last point less the other's, 95 % by bootstrap."""
-    return _resampled(lambda a, b: (a - b)[:, 0], one.at([-1]), other.at([-1]))
+def successive(found: dict, whole: float) -> dict:
+    """{(one, next): `widest` `doublings_later`} of curves {name: Curve} that reach half of `whole`.
+
+    Each is compared with the one that comes next in the order given, among those that reach it.
+    """
+    reached = [name for name, curve in found.items() if np.isfinite(half_way(curve, whole)).all()]
+    later = partial(doublings_later, whole=whole)
+    return {(a, b): widest(later, found[a], found[b]) for a, b in zip(reached, reached[1:])}
 
 
 def widest(measure, *found: Curve) -> tuple:
@@ -112,17 +128,17 @@ def widest(measure, *found: Curve) -> tuple:
     return value[0], min(low), max(high)
 
 
-def _half_way(tokens, values):
-    """Tokens (...,) after which values (..., checkpoint) are half-way."""
+def _half_way(tokens, values, whole=None):
+    """Tokens (...,) after which values (..., checkpoint) are half-way to `whole`, or to the last."""
     x = np.log(np.maximum(tokens, 1.0))
-    last = values[..., -1:]
-    over = values / np.where(last > 0, last, np.nan) - 0.5
+    end = values[..., -1:] if whole is None else np.full_like(values[..., -1:], whole)
+    over = values / np.where(end > 0, end, np.nan) - 0.5
     after = np.maximum((over >= 0).argmax(-1), 1)[..., None]
     left = np.take_along_axis(over, after - 1, -1)
     right = np.take_along_axis(over, after, -1)
     share = np.clip(-left / np.where(right > left, right - left, 1), 0, 1)
     found = np.exp(x[after - 1] + share * (x[after] - x[after - 1]))[..., 0]
-    return np.where(np.isnan(over[..., -1]), np.nan, found)
+    return np.where((over >= 0).any(-1), found, np.nan)
 
 
 def _resampled(statistic, *found: Curve) -> tuple:
@@ -130,10 +146,11 @@ def _resampled(statistic, *found: Curve) -> tuple:
     shapes = [curve.sums.shape for curve in found]
     if len(set(shapes)) > 1:
         raise ValueError(f"curves: (sequences, checkpoints) are {shapes}; give curves of the same")
-    stacked = np.stack([part for curve in found for part in (curve.sums, curve.counts)], 1)
-
-    def of_draws(drawn):  # (draws, sequence, sums and counts of each curve, checkpoint)
-        means = drawn.mean(1)
-        return statistic(*np.moveaxis(means[:, 0::2] / means[:, 1::2], 1, 0))
-
-    return bootstrap(stacked, of_draws)
+    parts = [part for curve in found for part in (curve.sums, curve.counts)]
+    count, points = len(parts[0]), len(found[0].tokens)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_DRAWS)
+    weights = np.concatenate([np.ones((1, count)), drawn])  # the first: every sequence once
+    totals = (weights @ np.concatenate(parts, 1)).reshape(len(weights), len(found), 2, points)
+    values = statistic(*np.moveaxis(totals[:, :, 0] / totals[:, :, 1], 1, 0))
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return float(values[0]), float(low), float(high)

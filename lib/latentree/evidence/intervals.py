@@ -31,6 +31,18 @@ def t_interval(values, level=0.95):
     return mean, mean - reach, mean + reach
 
 
+def pooled(intervals) -> tuple:
+    """One (value, low, high) of several seeds': by Student's t, no narrower than any one's own.
+
+    Of fewer than three seeds it is the first one's.
+    """
+    if len(intervals) < 3:
+        return tuple(intervals[0])
+    value, low, high = zip(*intervals)
+    middle, lower, upper = t_interval(value)
+    return middle, min(lower, *low), max(upper, *high)
+
+
 def over_seeds(table: pd.DataFrame, keys: list, spread: str = "range") -> pd.DataFrame:
     """Rows that agree in `keys` and differ in `seed` as one row: the means of their numbers.
 
@@ -66,19 +78,6 @@ def ratio(sums, counts):
     quantile = torch.as_tensor(stats.t.ppf(0.975, (counted - 1).cpu()), device=sums.device)
     reach = quantile * spread.sqrt() / total
     return value, value - reach, value + reach
-
-
-def recovered_share(loss, without, aware):
-    """Bootstrap over sequences of (without - loss) / (without - aware), each (sequences,).
-
-    0 says no better than the predictor without the latents, 1 as good as the one that knows them.
-    """
-
-    def share(sample):
-        own, worst, best = np.moveaxis(sample.mean(1), -1, 0)
-        return (worst - own) / (worst - best)
-
-    return bootstrap(np.stack([loss, without, aware], 1), share)
 
 
 def sign_test(values) -> tuple[float, float, float, float]:
