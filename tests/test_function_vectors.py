@@ -424,6 +424,21 @@ def test_only_the_head_that_reads_has_an_effect(model, taken):
         fv.mean_heads(z, few, prompt)
 
 
+def test_transplants_of_a_model_whose_latent_is_a_bias(model, taken):
+    """The means say the wanted latent's frequencies; the best bias says more, whatever the word."""
+    table = fv.transplants(model, taken, 0, 5)
+    counts = table.groupby("change").size()
+    assert len(counts) == 7 and counts.nunique() == 1
+    fell = table.groupby("change").divergence.mean()
+    assert fell["wanted latent"] < min(fell["a third latent"], fell["mean of all"]) - 0.02
+    assert fell["best bias"] < fell["wanted latent"]
+    assert fell["another layer"] == pytest.approx(fell["no change"], abs=1e-5)  # it is idle
+    gains = fv.steering(model, taken, 0, [0.0, 1.0]).pivot(index="scale", columns="way")["value"]
+    assert gains.loc[0].abs().max() < 1e-6
+    assert gains.loc[1, "directly"] == pytest.approx(gains.loc[1, "through the model"], abs=1e-5)
+    assert gains.loc[1, "directly"] > 0.02
+
+
 # ---------------------------------------------------------------------- a function, or a bias
 
 

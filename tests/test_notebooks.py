@@ -79,12 +79,12 @@ def test_results_are_measured_and_not_typed(smoke):
         claims |= {claim["id"]: claim for claim in json.loads(file.read_text())["claims"]}
     verdicts = {name: claim["verdict"] for name, claim in claims.items()}
     failing = "latents-recovered more-with-every-sentence lookup-present lookup-heads-matter"
-    failing += " fv-on-pcfg fv-specific-to-latent fv-says-its-words role-bag-present"
+    failing += " fv-own fv-banked-fresh fv-beyond-bias role-bag-present"
     failing += " legal-mass-saturates-early-on-bound tree-beyond-position theorem-1-window"
     assert {verdicts[name] for name in failing.split()} == {"not reproduced"}
     # nothing formed, so an absence says nothing; and a local series says nothing of the real one
     untestable = [name for name in verdicts if name.startswith("olmo-")]
-    untestable += ["repair", "repair-positive-control", "fv-not-on-released-small-flat"]
+    untestable += ["repair", "repair-positive-control", "fv-not-on-flat"]
     untestable += ["lookup-on-flat", "lookup-on-n-gram"]
     assert {verdicts[name] for name in untestable} == {"not testable here"}
     # what is exact holds at every size

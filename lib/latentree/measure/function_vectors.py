@@ -7,6 +7,8 @@ A vector is a function if it does what no output bias can: `best_bias` is the be
 latent. Means over many contexts, head by head: Todd et al. (2024).
 """
 
+from itertools import product
+
 import pandas as pd
 import torch
 
@@ -14,7 +16,7 @@ from latentree.evidence.intervals import ratio
 from latentree.inside.names import Internals
 from latentree.inside.trace import run
 from latentree.measure.induction import choose_and_score
-from latentree.measure.prompts import Contexts, Prompts
+from latentree.measure.prompts import Contexts, Prompts, fresh_words, in_context
 
 SAME, FRESH = "same word", "fresh word"  # of a prompt, beside the context's
 DIFFERENCE, BEST = "own - another", "best layer"
@@ -196,6 +198,18 @@ def mean_heads(z, contexts: Contexts, prompts: Prompts, latent=None) -> torch.Te
     return torch.einsum("pq,lqhd->lphd", here / here.sum(1, keepdim=True), z)
 
 
+def wrong_contexts(model, contexts: Contexts, length: int, seed: int = 0):
+    """Fresh words in another latent's contexts, and the mean head outputs of their own latent.
+
+    Returns Prompts, each after `length` tokens of a query's context and under the next latent; the
+    head outputs z (layer, query, head, head_dim) of the queries; and `mean_heads` of the prompts.
+    """
+    under = of_next_latent(contexts, seed)
+    prompts = in_context(contexts, fresh_words(contexts, seed, under), length)
+    z = states(model, contexts.tokens, contexts.document, contexts.position)[0]
+    return prompts, z, mean_heads(z, contexts, prompts)
+
+
 def replaced_logits(model, tokens, layer: int, z, heads=slice(None)) -> torch.Tensor:
     """`last_logits` when `heads` of a layer write z (batch, head, head_dim) at the last position."""
 
@@ -204,6 +218,58 @@ def replaced_logits(model, tokens, layer: int, z, heads=slice(None)) -> torch.Te
         return written
 
     return last_logits(model, tokens, {("z", layer): replace})
+
+
+def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 0) -> pd.DataFrame:
+    """What is predicted after a fresh word in another latent's context, by what is changed there.
+
+    Columns latent (the wanted one, whose truth counts), divergence (nats) and hit (the top word is
+    the right one) for each prompt and each change: `no change`; the `best bias`; and at the last
+    token all heads of the layer give the mean of the `wanted latent`, of `a third latent`, the
+    `mean of all` queries, that `mean and noise` as long as the difference of the wanted latent's,
+    or `another layer` does what this one did.
+    """
+    asked, z, means = wrong_contexts(model, contexts, length, seed)
+    there, place = asked.latent.unique(return_inverse=True)
+    third = mean_heads(z, contexts, asked, there[(place + 1) % len(there)])
+    every, other = z.mean(1, keepdim=True).expand_as(means), (layer - 1) % len(means)
+    noise = random_like((means - every)[layer].flatten(1), seed).view_as(means[layer])
+    given = {
+        "wanted latent": (layer, means[layer]),
+        "a third latent": (layer, third[layer]),
+        "mean of all": (layer, every[layer]),
+        "mean and noise": (layer, every[layer] + noise),
+        "another layer": (other, means[other]),
+    }
+    clean = last_logits(model, asked.tokens)
+    predicted = {"no change": clean, "best bias": best_bias(clean, asked)}
+    for change, (at, written) in given.items():
+        predicted[change] = replaced_logits(model, asked.tokens, at, written)
+    tables = []
+    for change, logits in predicted.items():
+        scores = {"divergence": divergence(logits, asked), "hit": accuracy(logits, asked)}
+        tables.append(pd.DataFrame(scores | {"latent": asked.latent}).assign(change=change))
+    return pd.concat(tables, ignore_index=True)
+
+
+def steering(model, contexts: Contexts, layer: int, scales, seed: int = 0) -> pd.DataFrame:
+    """What share of a fresh word's zero-shot divergence goes, by the scale of the latent's vector.
+
+    The vector is what the layer's attention writes when its heads give the latent's means, less the
+    mean of all queries. Columns scale, way (added to that attention's output, `through the model`,
+    or after the last layer, `directly` to the logits) and value.
+    """
+    asked = fresh_words(contexts, seed)
+    z = states(model, contexts.tokens, contexts.document, contexts.position)[0]
+    written = attention_outputs(model, mean_heads(z, contexts, asked))[layer]
+    vector = written - attention_outputs(model, z)[layer].mean(0)
+    before = divergence(last_logits(model, asked.tokens), asked).mean()
+    ways = {"through the model": (layer, "attention"), "directly": (len(z) - 1, "stream")}
+    rows = []
+    for scale, (way, (at, to)) in product(scales, ways.items()):
+        logits = added_logits(model, asked.tokens, at, scale * vector, to)
+        rows.append([scale, way, float(1 - divergence(logits, asked).mean() / before)])
+    return pd.DataFrame(rows, columns=["scale", "way", "value"])
 
 
 def head_effects(model, means, prompts: Prompts) -> torch.Tensor:
