@@ -406,7 +406,7 @@ def test_only_the_head_that_reads_has_an_effect(model, taken):
     assert torch.equal(fv.mean_heads(z, taken, prompt, prompt.latent), means)
     before = fv.divergence(fv.last_logits(model, prompt.tokens), prompt)
     effects = fv.head_effects(model, means, prompt)
-    logits = fv.replaced_logits(model, prompt.tokens, 0, means[0])
+    logits = fv.replaced_logits(model, prompt.tokens, means, [0])
     expected = (before - fv.divergence(logits, prompt)).mean()
     assert effects[0, 1] == pytest.approx(float(expected), abs=1e-5) and expected > 0.02
     effects[0, 1] = 0
@@ -432,7 +432,7 @@ def test_transplants_of_a_model_whose_latent_is_a_bias(model, taken):
     fell = table.groupby("change").divergence.mean()
     assert fell["wanted latent"] < min(fell["a third latent"], fell["mean of all"]) - 0.02
     assert fell["best bias"] < fell["wanted latent"]
-    assert fell["another layer"] == pytest.approx(fell["no change"], abs=1e-5)  # it is idle
+    assert fell["other layers"] == pytest.approx(fell["no change"], abs=1e-5)  # it is idle
     gains = fv.steering(model, taken, 0, [0.0, 1.0]).pivot(index="scale", columns="way")["value"]
     assert gains.loc[0].abs().max() < 1e-6
     assert gains.loc[1, "directly"] == pytest.approx(gains.loc[1, "through the model"], abs=1e-5)

@@ -7,6 +7,7 @@ A vector is a function if it does what no output bias can: `best_bias` is the be
 latent. Means over many contexts, head by head: Todd et al. (2024).
 """
 
+from functools import partial
 from itertools import product
 
 import pandas as pd
@@ -210,14 +211,18 @@ def wrong_contexts(model, contexts: Contexts, length: int, seed: int = 0):
     return prompts, z, mean_heads(z, contexts, prompts)
 
 
-def replaced_logits(model, tokens, layer: int, z, heads=slice(None)) -> torch.Tensor:
-    """`last_logits` when `heads` of a layer write z (batch, head, head_dim) at the last position."""
+def replaced_logits(model, tokens, z, layers, heads=slice(None)) -> torch.Tensor:
+    """`last_logits` when `heads` of each of `layers` write z at the last position.
 
-    def replace(written):
-        written[:, -1, heads] = z[:, heads].to(written.device)
+    `z` (layer, batch, head, head_dim) holds all layers and heads.
+    """
+
+    def replace(written, own):
+        written[:, -1, heads] = own[:, heads].to(written.device)
         return written
 
-    return last_logits(model, tokens, {("z", layer): replace})
+    change = {("z", layer): partial(replace, own=z[layer]) for layer in layers}
+    return last_logits(model, tokens, change)
 
 
 def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 0) -> pd.DataFrame:
@@ -225,26 +230,27 @@ def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 
 
     Columns latent (the wanted one, whose truth counts), divergence (nats) and hit (the top word is
     the right one) for each prompt and each change: `no change`; the `best bias`; and at the last
-    token all heads of the layer give the mean of the `wanted latent`, of `a third latent`, the
-    `mean of all` queries, that `mean and noise` as long as the difference of the wanted latent's,
-    or `another layer` does what this one did.
+    token all heads give the mean of the `wanted latent`, of `a third latent`, the `mean of all`
+    queries, or that `mean and noise` as long as the wanted latent's difference from it; or those of
+    `other layers` only than this one the wanted latent's.
     """
     asked, z, means = wrong_contexts(model, contexts, length, seed)
     there, place = asked.latent.unique(return_inverse=True)
     third = mean_heads(z, contexts, asked, there[(place + 1) % len(there)])
-    every, other = z.mean(1, keepdim=True).expand_as(means), (layer - 1) % len(means)
-    noise = random_like((means - every)[layer].flatten(1), seed).view_as(means[layer])
+    every = z.mean(1, keepdim=True).expand_as(means)
+    noise = random_like((means - every).flatten(2), seed).view_as(means)
+    layers = range(len(means))
     given = {
-        "wanted latent": (layer, means[layer]),
-        "a third latent": (layer, third[layer]),
-        "mean of all": (layer, every[layer]),
-        "mean and noise": (layer, every[layer] + noise),
-        "another layer": (other, means[other]),
+        "wanted latent": (means, layers),
+        "a third latent": (third, layers),
+        "mean of all": (every, layers),
+        "mean and noise": (every + noise, layers),
+        "other layers": (means, [at for at in layers if at != layer]),
     }
     clean = last_logits(model, asked.tokens)
     predicted = {"no change": clean, "best bias": best_bias(clean, asked)}
-    for change, (at, written) in given.items():
-        predicted[change] = replaced_logits(model, asked.tokens, at, written)
+    for change, (written, changed) in given.items():
+        predicted[change] = replaced_logits(model, asked.tokens, written, changed)
     tables = []
     for change, logits in predicted.items():
         scores = {"divergence": divergence(logits, asked), "hit": accuracy(logits, asked)}
@@ -282,7 +288,7 @@ def head_effects(model, means, prompts: Prompts) -> torch.Tensor:
     before = divergence(last_logits(model, prompts.tokens), prompts)
     effects = torch.zeros(means.shape[0], means.shape[2], dtype=torch.float64)
     for layer, head in torch.ones_like(effects).nonzero().tolist():
-        after = replaced_logits(model, prompts.tokens, layer, means[layer], [head])
+        after = replaced_logits(model, prompts.tokens, means, [layer], [head])
         effects[layer, head] = (before - divergence(after, prompts)).mean()
     return effects
 
