@@ -124,7 +124,10 @@ class Grammar:
     @property
     def content(self):
         """All that decides what is drawn, in lists and dicts: neither names nor comments."""
-        said = self.file.model_dump(exclude={"name", "kind", "label", "about", "sentence"})
+        unsaid = {"name", "kind", "label", "about", "sentence"}
+        if not self.file.bank:
+            unsaid.add("bank")
+        said = self.file.model_dump(exclude=unsaid)
         return said | {"redraw": sorted(self.file.redraw.items()), "productions": self.productions}
 
     @property

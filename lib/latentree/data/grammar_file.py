@@ -54,11 +54,13 @@ class GrammarFile(_Fields):
     - redraw: the share of the maps and habits that is drawn afresh at a level.
     - habits: {role: the role that it follows}, which a word does with probability `binding`.
     - repetitions: how many documents in a row have the same latents.
+    - bank: of how many fixed latents one is drawn where `redraw` says so; 0: any. Habits are then
+      one to one, so that every word of a role is as frequent under each latent.
     - exclude_held_out: how many held-out documents share no sentence with training.
     """
 
     name: str
-    kind: Literal["PCFG", "flat", "static", "small release", "small release, flat"] = "PCFG"
+    kind: Literal["PCFG", "flat", "static", "bank", "small release", "small release, flat"] = "PCFG"
     label: str = ""
     about: str = ""
     sentence: str
@@ -68,6 +70,7 @@ class GrammarFile(_Fields):
     habits: dict[str, str] = {}
     binding: _Share = 0.0
     repetitions: int = Field(default=1, gt=0)
+    bank: int = Field(default=0, ge=0, lt=1 << 10)
     exclude_held_out: int = Field(default=0, ge=0)
 
     @field_validator("roles")
@@ -98,6 +101,21 @@ class GrammarFile(_Fields):
         if binding > 0 and not info.data.get("habits", {}):
             raise ValueError("no habits say who follows whom; add 'habits: {verb: subject}'")
         return binding
+
+    @field_validator("bank")
+    @classmethod
+    def _bank_holds_permutations(cls, bank, info):
+        roles, habits = info.data.get("roles", {}), info.data.get("habits", {})
+        if not bank:
+            return bank
+        if [share for share in info.data.get("redraw", {}).values() if share > 0] != [1.0]:
+            raise ValueError("a latent is drawn as a whole, at one level; redraw one, by 1.0")
+        if any(role.zipf > 0 for role in roles.values()):
+            raise ValueError("holds no maps of frequencies; set zipf of all roles to 0")
+        for child, parent in habits.items():
+            if roles[child].size != roles[parent].size:
+                raise ValueError(f"habits are one to one; give {child} and {parent} one size")
+        return bank
 
 
 def checked(content):

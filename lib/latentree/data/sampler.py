@@ -60,7 +60,7 @@ class GrammarProcess(Corpus):
         layout = self.grammar.file.document
         per_document = layout.per_document("sentence")
         document_key = counter.subkey(self._key.to(device), ids)
-        maps, habits = self._latents(ids, document_key)
+        maps, habits, latent = self._latents(ids, document_key)
 
         number = torch.arange(len(ids) * per_document, device=device)
         unit = number * len(maps) // len(number)
@@ -81,25 +81,37 @@ class GrammarProcess(Corpus):
         token["paragraph"] = token["sentence"] // layout.sentences
         token["section"] = token["paragraph"] // layout.paragraphs
         token["unit"] = unit[sentence]
+        if self.grammar.file.bank:
+            token["latent"] = latent[token["unit"]]
         by_role = {role: maps[:, at] for role, at in zip(self.grammar.roles, self._columns)}
         return Documents(token, len(ids), self._shapes, by_role, habits)
+
+    @cached_property
+    def bank(self):
+        """The habits of each latent of the bank: {child: (latent, parent's size)}."""
+        latents, found = torch.arange(self.grammar.file.bank), {}
+        key = counter.subkey(counter.subkey(self._key, -3), latents)
+        for c, (child, parent) in enumerate(self.grammar.file.habits.items()):
+            size = int(self.grammar.sizes[self.grammar.roles.index(parent)])
+            found[child] = counter.shuffled(counter.subkey(key, c), size)
+        return found
 
     def token_frequencies(self):
         """Exact share of each token (vocabulary,), given the corpus-level maps and habits.
 
         Permuting a random k of n entries leaves a rank with its word with weight (n - k) / (n - 1)
         and mixes it evenly with the others otherwise; a habit survives a redraw of k of n with
-        probability 1 - k / n.
+        probability 1 - k / n. A bank's habits, one to one, leave even laws even.
         """
         grammar, file = self.grammar, self.grammar.file
         redrawn = {"corpus": file.redraw.get("corpus", 0.0)}
-        fixed = self.changed(redraw=redrawn, exclude_held_out=0).documents([0])
+        fixed = self.changed(redraw=redrawn, exclude_held_out=0, bank=0).documents([0])
         shares = [share for level, share in file.redraw.items() if level != "corpus"]
 
         def law_of(role, siblings):
             """P(rank) in a production: by Zipf's law, or by what its parent's ranks call for."""
             law, parent = grammar.frequencies[grammar.roles.index(role)], file.habits.get(role)
-            if file.binding == 0 or parent not in siblings:
+            if file.binding == 0 or file.bank or parent not in siblings:
                 return law
             habit = fixed.habits[role][0].numpy()
             lasting = np.prod([1 - round(share * len(habit)) / len(habit) for share in shares])
@@ -125,8 +137,11 @@ class GrammarProcess(Corpus):
     # ------------------------------------------------------------------ latents
 
     def _latents(self, ids, document_key):
-        """Maps (unit, word) and habits {child: (unit, parent)}, by units of the finest level."""
-        grammar, file = self.grammar, self.grammar.file
+        """Maps (unit, word) and habits {child: (unit, parent)}, by units of the finest level.
+
+        And the latent's number (unit,) where they are of a bank.
+        """
+        grammar, file, latent = self.grammar, self.grammar.file, None
         key_of = {"corpus": counter.subkey(self._key.to(ids.device), -1)[None]}
         maps, habits = torch.arange(self.vocabulary_size, device=ids.device)[None], {}
         if file.binding > 0:
@@ -146,6 +161,10 @@ class GrammarProcess(Corpus):
                 continue
             repeat = len(key) // len(maps)
             maps = maps.repeat_interleave(repeat, 0)
+            if file.bank:
+                latent = counter.uniform(counter.subkey(key, 1000)) * file.bank >> counter.BITS
+                habits = {child: table.to(ids.device)[latent] for child, table in self.bank.items()}
+                break
             for r, role in enumerate(grammar.role_specs):
                 if role.has_map:
                     chosen = _choose(counter.subkey(key, r), role.size, share)
@@ -155,7 +174,7 @@ class GrammarProcess(Corpus):
                 chosen = _choose(counter.subkey(key, 2000 + c), fresh.shape[1], share)
                 old = habits[child].repeat_interleave(repeat, 0)
                 habits[child] = old.scatter(1, chosen, fresh.gather(1, chosen))
-        return maps, habits
+        return maps, habits, latent
 
     def _draw_habits(self, child, key):
         """For each key and each rank of the child's parent, a rank from the child's own law."""

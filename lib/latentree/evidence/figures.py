@@ -24,6 +24,7 @@ KIND_COLOURS = {
     "static": "#009E73",
     "treeless": "#882255",
     "filtered tree": "#332288",
+    "bank": "#999933",
     "n-gram": "#CC79A7",
     "hashed n-gram": "#8C6D1F",
     "small release": "#56B4E9",

@@ -55,8 +55,14 @@ def in_sentence(grammar):
     A fresh map makes words exchangeable: only which of a sentence's words are equal is informative.
     The entropy of a sentence is that of its shape, of the pattern of equal words, and of the
     distinct words that fill the pattern. A verb's ranks depend on its subjects' pattern alone,
-    because habits are drawn independently for each subject.
+    because habits are drawn independently for each subject. Raises ValueError for a bank, whose
+    habits are not.
     """
+    if grammar.file.bank:
+        raise ValueError(
+            f"grammar {grammar.name}: bank = {grammar.file.bank}: its habits are no independent "
+            "draws; use reader.reader_losses, which knows the bank"
+        )
     entropy = 0.0
     for shape in _enumerated(grammar):
         entropy += shape.probability * (_words_entropy(grammar, shape) - np.log(shape.probability))
@@ -110,8 +116,11 @@ def _marginal_entropy(grammar, parent, child):
     """Entropy of a word before the word it follows is seen, averaged over habits.
 
     Enumerates which ranks of the parent call for a word; NaN for more than _MOST_PARENTS of them.
+    One to one habits (of a bank) leave an even law even.
     """
     binding = grammar.file.binding
+    if grammar.file.bank:
+        return _entropy(grammar.frequencies[child])
     above, law = grammar.frequencies[parent], grammar.frequencies[child]
     if len(above) > _MOST_PARENTS:
         return np.nan

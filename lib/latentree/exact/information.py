@@ -46,13 +46,14 @@ def exact(grammar, distances, words=True):
     are the same: the words are then equal with a probability e that follows from Zipf's law and the
     habits, and I = I(roles) + sum over roles of P(r, r) KL([e, 1 - e] || [1/n, 1 - 1/n]). Without
     `words`, I(roles) alone. Raises ValueError unless `redraw` is {document: 1.0} or {sentence: 1.0}
-    and shapes can be enumerated.
+    without a bank, and shapes can be enumerated.
     """
     redraw = {level: share for level, share in grammar.file.redraw.items() if share > 0}
-    if redraw not in ({"document": 1.0}, {"sentence": 1.0}) or grammar.shapes is None:
+    known = redraw in ({"document": 1.0}, {"sentence": 1.0}) and not grammar.file.bank
+    if not known or grammar.shapes is None:
         raise ValueError(
             f"grammar {grammar.name}: the exact information needs redraw {{document: 1.0}} or "
-            "{sentence: 1.0}, and shapes that can be enumerated; use `estimated`"
+            "{sentence: 1.0}, no bank, and shapes that can be enumerated; use `estimated`"
         )
     # A state is a place of a shape: (shape, place).
     states = [(shape, place) for shape in grammar.shapes for place in range(len(shape.roles))]

@@ -4,7 +4,8 @@ Given the words seen, the maps of different roles are independent. For a role th
 the posterior is exact (`posterior_frequencies`). For one that does, each map is weighed by what
 followed what, with habits summed out exactly: given the map, the habit of each parent word has its
 own posterior over the child's words. Maps are enumerated where they are few; else a sample of
-uniformly random ones is weighed (importance sampling).
+uniformly random ones is weighed (importance sampling). A bank's latents are few and known: they are
+weighed by Bayes' rule (`bank_losses`).
 """
 
 from functools import cache
@@ -14,7 +15,9 @@ from math import factorial
 import numpy as np
 import torch
 
+from latentree.data.corpus import Documents
 from latentree.data.sampler import GrammarProcess
+from latentree.exact.predictors import token_losses
 
 
 def posterior_frequencies(counts, law) -> torch.Tensor:
@@ -107,8 +110,35 @@ def reader_losses(
     return losses + role_loss
 
 
+def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
+    """Loss of the ideal reader of a bank for each token of windows `rows`, in nats.
+
+    (sequence, position) float64. It knows the grammar and every latent of the bank, and weighs them
+    by what the tokens so far say, since the latent was last drawn (the field unit). Exact.
+    """
+    fields = {name: rows[name].flatten() for name in ("tokens", "place", "shape")}
+    shapes, count = process.documents([0]).shapes, process.grammar.file.bank
+    grammar, words = process.grammar, {}
+    for role, tokens in zip(grammar.roles, grammar.words):
+        words[role] = torch.as_tensor(tokens).expand(count, -1)
+    told = []
+    for latent in range(count):
+        unit = torch.full_like(fields["place"], latent)
+        given = Documents(fields | {"unit": unit}, count, shapes, words, process.bank)
+        told.append(-token_losses(grammar, given))
+    told = torch.stack(told).view(count, *rows["unit"].shape)
+    before = told.cumsum(2) - told
+    begins = torch.searchsorted(rows["unit"], rows["unit"])  # units are numbered as they come
+    before = before - before.gather(2, begins.expand_as(before))
+    return before.logsumexp(0) - (before + told).logsumexp(0)
+
+
 def _check_redrawn_as_a_whole(grammar):
     shares = [share for share in grammar.file.redraw.values() if share > 0]
+    if grammar.file.bank:
+        raise ValueError(
+            f"{grammar.name}: bank = {grammar.file.bank}: its reader is `bank_losses`; use that"
+        )
     if shares != [1.0]:
         raise ValueError(
             f"{grammar.name}: redraw is {grammar.file.redraw}: the ideal reader is known where one "

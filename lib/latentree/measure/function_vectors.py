@@ -3,17 +3,21 @@
 A vector is taken where a run in context has read a sentence up to some state, and added at the last
 position of a zero-shot prompt in the same state (prompts.py). How much closer the prediction then
 comes to the latent's own is the improvement. Layer by layer: Figure 3 of Rohweder et al. (2026).
-From many contexts and few heads: Todd et al. (2024).
+A vector is a function if it does what no output bias can: `best_bias` is the best one of each
+latent. Means over many contexts, head by head: Todd et al. (2024).
 """
+
+from functools import partial
+from itertools import product
 
 import pandas as pd
 import torch
 
 from latentree.evidence.intervals import ratio
-from latentree.inside.names import Internals, norm_gain
+from latentree.inside.names import Internals
 from latentree.inside.trace import run
 from latentree.measure.induction import choose_and_score
-from latentree.measure.prompts import Contexts, Prompts
+from latentree.measure.prompts import Contexts, Prompts, fresh_words, in_context
 
 SAME, FRESH = "same word", "fresh word"  # of a prompt, beside the context's
 DIFFERENCE, BEST = "own - another", "best layer"
@@ -153,104 +157,150 @@ def random_like(vectors, seed: int = 0) -> torch.Tensor:
     return noise * vectors.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
 
-# ------------------------------------------------------------------ many contexts, few heads
+# ------------------------------------------------------------------ a function, or a bias
 
 
-def mean_heads(model, contexts: Contexts, queries=None) -> torch.Tensor:
-    """Mean outputs of all heads over each latent's queries: (latent, layer, head, head_dim).
+def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
+    """Logits (prompt, vocabulary) plus the output bias of each latent that predicts best.
 
-    `queries` (numbers) are all of the contexts' if not given; each latent has one at least.
+    It is fitted to the very prompts, by iterative scaling (Darroch and Ratcliff 1972): each step
+    adds log(mean truth) - log(mean prediction), and brings the predictions closer to the truth.
     """
-    queries = torch.arange(len(contexts.document)) if queries is None else queries
-    document, latent = contexts.document[queries], contexts.query_latent[queries]
-    z = states(model, contexts.tokens, document, contexts.position[queries])[0].transpose(0, 1)
-    sums = z.new_zeros(int(latent.max()) + 1, *z.shape[1:]).index_add(0, latent, z)
-    return sums / torch.bincount(latent)[:, None, None, None]
+    log_p, (there, place) = (
+        logits.double().log_softmax(-1),
+        prompts.latent.unique(return_inverse=True),
+    )
+    wanted = torch.zeros(len(there), log_p.shape[1], dtype=torch.float64)
+    wanted = wanted.index_add(0, place, prompts.gold).clamp(min=1e-9).log()
+    for _ in range(steps):
+        given = torch.zeros_like(wanted).index_add(0, place, log_p.exp())
+        bias = wanted - given.clamp(min=1e-9).log()
+        log_p = (log_p + bias[place]).log_softmax(-1)
+    return log_p
 
 
-def indirect_effects(model, means, shuffled: Prompts) -> torch.Tensor:
-    """Average indirect effect of each head (layer, head), nats, on prompts with shuffled contexts.
+def accuracy(logits, prompts: Prompts) -> torch.Tensor:
+    """Whether the top word is the one most likely in truth: (prompt,) 0 or 1, float64."""
+    return (logits.argmax(-1) == prompts.gold.argmax(-1)).double()
+
+
+def mean_heads(z, contexts: Contexts, prompts: Prompts, latent=None) -> torch.Tensor:
+    """For each prompt the mean head outputs of its latent: (layer, prompt, head, head_dim).
+
+    `z` (layer, query, head, head_dim) are those of the contexts' queries; those at which the
+    prompt's own last word stands are left out. `latent` (prompt,) gives other latents. ValueError
+    for a latent of which no query is left.
+    """
+    word = contexts.tokens[contexts.document, contexts.position]
+    latent = prompts.latent if latent is None else latent
+    here = (latent[:, None] == contexts.query_latent) & (prompts.tokens[:, -1:] != word)
+    if not here.any(1).all():
+        raise ValueError("contexts: a latent has no query at another word; give more documents")
+    return torch.einsum("pq,lqhd->lphd", here / here.sum(1, keepdim=True), z)
+
+
+def wrong_contexts(model, contexts: Contexts, length: int, seed: int = 0):
+    """Fresh words in another latent's contexts, and the mean head outputs of their own latent.
+
+    Returns Prompts, each after `length` tokens of a query's context and under the next latent; the
+    head outputs z (layer, query, head, head_dim) of the queries; and `mean_heads` of the prompts.
+    """
+    under = of_next_latent(contexts, seed)
+    prompts = in_context(contexts, fresh_words(contexts, seed, under), length)
+    z = states(model, contexts.tokens, contexts.document, contexts.position)[0]
+    return prompts, z, mean_heads(z, contexts, prompts)
+
+
+def replaced_logits(model, tokens, z, layers, heads=slice(None)) -> torch.Tensor:
+    """`last_logits` when `heads` of each of `layers` write z at the last position.
+
+    `z` (layer, batch, head, head_dim) holds all layers and heads.
+    """
+
+    def replace(written, own):
+        written[:, -1, heads] = own[:, heads].to(written.device)
+        return written
+
+    change = {("z", layer): partial(replace, own=z[layer]) for layer in layers}
+    return last_logits(model, tokens, change)
+
+
+def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 0) -> pd.DataFrame:
+    """What is predicted after a fresh word in another latent's context, by what is changed there.
+
+    Columns latent (the wanted one, whose truth counts), divergence (nats) and hit (the top word is
+    the right one) for each prompt and each change: `no change`; the `best bias`; and at the last
+    token all heads give the mean of the `wanted latent`, of `a third latent`, the `mean of all`
+    queries, or that `mean and noise` as long as the wanted latent's difference from it; or those of
+    `other layers` only than this one the wanted latent's.
+    """
+    asked, z, means = wrong_contexts(model, contexts, length, seed)
+    there, place = asked.latent.unique(return_inverse=True)
+    third = mean_heads(z, contexts, asked, there[(place + 1) % len(there)])
+    every = z.mean(1, keepdim=True).expand_as(means)
+    noise = random_like((means - every).flatten(2), seed).view_as(means)
+    layers = range(len(means))
+    given = {
+        "wanted latent": (means, layers),
+        "a third latent": (third, layers),
+        "mean of all": (every, layers),
+        "mean and noise": (every + noise, layers),
+        "other layers": (means, [at for at in layers if at != layer]),
+    }
+    clean = last_logits(model, asked.tokens)
+    predicted = {"no change": clean, "best bias": best_bias(clean, asked)}
+    for change, (written, changed) in given.items():
+        predicted[change] = replaced_logits(model, asked.tokens, written, changed)
+    tables = []
+    for change, logits in predicted.items():
+        scores = {"divergence": divergence(logits, asked), "hit": accuracy(logits, asked)}
+        tables.append(pd.DataFrame(scores | {"latent": asked.latent}).assign(change=change))
+    return pd.concat(tables, ignore_index=True)
+
+
+def steering(model, contexts: Contexts, layer: int, scales, seed: int = 0) -> pd.DataFrame:
+    """What share of a fresh word's zero-shot divergence goes, by the scale of the latent's vector.
+
+    The vector is what the layer's attention writes when its heads give the latent's means, less the
+    mean of all queries. Columns scale, way (added to that attention's output, `through the model`,
+    or after the last layer, `directly` to the logits) and value.
+    """
+    asked = fresh_words(contexts, seed)
+    z = states(model, contexts.tokens, contexts.document, contexts.position)[0]
+    written = attention_outputs(model, mean_heads(z, contexts, asked))[layer]
+    vector = written - attention_outputs(model, z)[layer].mean(0)
+    before = divergence(last_logits(model, asked.tokens), asked).mean()
+    ways = {"through the model": (layer, "attention"), "directly": (len(z) - 1, "stream")}
+    rows = []
+    for scale, (way, (at, to)) in product(scales, ways.items()):
+        logits = added_logits(model, asked.tokens, at, scale * vector, to)
+        rows.append([scale, way, float(1 - divergence(logits, asked).mean() / before)])
+    return pd.DataFrame(rows, columns=["scale", "way", "value"])
+
+
+def head_effects(model, means, prompts: Prompts) -> torch.Tensor:
+    """Average indirect effect of each head (layer, head), nats, on prompts in a wrong context.
 
     A head's output at the last position is replaced by its mean for the prompt's latent, `means`
-    (latent, layer, head, head_dim); the effect is by how much the KL from that latent's truth falls
+    (layer, prompt, head, head_dim); the effect is by how much the KL from that latent's truth falls
     (Todd et al. 2024, section 2.3, there by how much more probable the answer gets).
     """
-    before = divergence(last_logits(model, shuffled.tokens), shuffled)
-    effects = torch.zeros(means.shape[1:3], dtype=torch.float64)
+    before = divergence(last_logits(model, prompts.tokens), prompts)
+    effects = torch.zeros(means.shape[0], means.shape[2], dtype=torch.float64)
     for layer, head in torch.ones_like(effects).nonzero().tolist():
-        mean = means[shuffled.latent, layer, head].to(model.device)
-
-        def replace(z, head=head, mean=mean):
-            z[:, -1, head] = mean
-            return z
-
-        after = last_logits(model, shuffled.tokens, {("z", layer): replace})
-        effects[layer, head] = (before - divergence(after, shuffled)).mean()
+        after = replaced_logits(model, prompts.tokens, means, [layer], [head])
+        effects[layer, head] = (before - divergence(after, prompts)).mean()
     return effects
 
 
-@torch.no_grad()
-def function_vectors(model, means, heads) -> torch.Tensor:
-    """The sum (latent, width) of what `heads` write when they give their mean outputs `means`."""
-    inside = Internals(model)
-    written = means.new_zeros(len(means), inside.width)
-    for layer, head in heads:
-        written += inside.head_written(layer, means[:, layer].to(model.device))[:, head].cpu()
-    return written
+def readable(vectors, contexts: Contexts) -> float:
+    """How often the nearest mean of a latent's vectors is the right one's; vectors (query, width).
 
-
-def improvement(model, prompts: Prompts, layer: int, vectors) -> torch.Tensor:
-    """By how many nats the KL falls (prompt,) when each prompt's latent's vector is added.
-
-    `vectors` (latent, width) are added to the stream after `layer`.
+    Means are over every other document, and name the latents of the rest. Chance is one over the
+    number of latents.
     """
-    after = added_logits(model, prompts.tokens, layer, vectors[prompts.latent], to="stream")
-    return divergence(last_logits(model, prompts.tokens), prompts) - divergence(after, prompts)
-
-
-def choose(model, means, effects, zero_shot: Prompts) -> tuple[list[tuple[int, int]], int]:
-    """The heads [(layer, head), ...] and the layer, after which they are added, that improve most.
-
-    Every number of heads, from the largest of `effects` (layer, head) on, is tried in every layer.
-    """
-    ranked, tried = _ranked_heads(effects), {}
-    for count in range(1, len(ranked) + 1):
-        vectors = function_vectors(model, means, ranked[:count])
-        for layer in range(len(effects)):
-            tried[count, layer] = float(improvement(model, zero_shot, layer, vectors).mean())
-    count, layer = max(tried, key=tried.get)
-    return ranked[:count], layer
-
-
-def _ranked_heads(effects) -> list[tuple[int, int]]:
-    """Heads (layer, head) by effect, at most half of each layer's, so that others are left."""
-    chosen, room = [], [max(1, effects.shape[1] // 2)] * len(effects)
-    for number in effects.flatten().argsort(descending=True).tolist():
-        layer, head = divmod(number, effects.shape[1])
-        if room[layer]:
-            chosen.append((layer, head))
-            room[layer] -= 1
-    return chosen
-
-
-# ------------------------------------------------------------------ what a vector says
-
-
-@torch.no_grad()
-def decoded(model, vectors) -> torch.Tensor:
-    """Logits (..., vocabulary) that vectors (..., width) write directly: final gain, unembedding.
-
-    The final norm's division, which scales all logits of a vector alike, is left out.
-    """
-    inside = Internals(model)
-    return inside.unembedding(norm_gain(inside.final_norm, vectors.to(model.device))).cpu()
-
-
-def along(vectors, base, end, end_again) -> torch.Tensor:
-    """How far from `base` (0) to `end` (1) each of `vectors` (..., width) lies, along their line.
-
-    <v - base, end - base> / <end_again - base, end - base>, with two independent estimates of the
-    end, so that the noise of one does not make the others look short.
-    """
-    line = end - base
-    return ((vectors - base) * line).sum(-1) / ((end_again - base) * line).sum(-1)
+    learns, latent = contexts.document % 2 == 0, contexts.query_latent
+    there = latent[learns].unique()
+    means = torch.stack([vectors[learns & (latent == one)].mean(0) for one in there])
+    named = there[torch.cdist(vectors[~learns], means).argmin(1)]
+    return float((named == latent[~learns]).double().mean())

@@ -12,9 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from latentree.data.corpus import HELD_OUT, Corpus, Documents
 from latentree.data.grammar import Grammar
 from latentree.data.sampler import GrammarProcess
-from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import predictive
-from latentree.exact.reader import posterior_frequencies
 
 _FIRST_LATENT = 1_000_000  # held-out latents from here on: no other measurement has them
 _EVERY = 16  # in text without roles every so many tokens are a query
@@ -54,22 +52,22 @@ class Prompts:
     gold: torch.Tensor
     latent: torch.Tensor
 
-    def of(self, latents) -> "Prompts":
-        """Only the prompts of these latents (numbers)."""
-        kept = torch.isin(self.latent, torch.as_tensor(latents))
-        return Prompts(self.tokens[kept], self.gold[kept], self.latent[kept])
-
 
 def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -> Contexts:
     """`repetitions` held-out documents for each of `latents` latents, cut after `length` tokens.
 
-    Queries stand from token `shortest` on; `first` skips latents. A corpus without a grammar has no
-    roles and no shared latents: its state is [], each document counts as a latent of its own, and
-    every 16th token is a query. ValueError if latents change within a document, or without a query.
+    Queries stand from token `shortest` on; `first` skips latents. Of a bank there are as many
+    documents in all, in the order of its latents. A corpus without a grammar has no roles and no
+    shared latents: its state is [], each document counts as a latent of its own, and every 16th
+    token is a query. ValueError if latents change within a document, or without a query.
     """
     number = HELD_OUT + (_FIRST_LATENT + first) * repetitions + torch.arange(latents * repetitions)
     latent = torch.arange(len(number))
-    if corpus.grammar:
+    if corpus.grammar and corpus.grammar.file.bank:
+        token = corpus.documents(number).token
+        latent, order = token["latent"][token["position"] == 0].sort(stable=True)
+        number = number[order]
+    elif corpus.grammar:
         corpus, latent = sharing(corpus, repetitions), latent // repetitions
     elif state:
         raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
@@ -94,11 +92,10 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
     return Contexts(corpus, state, tokens, latent, row[query], position[query], documents)
 
 
-def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None) -> GrammarProcess:
+def sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
     """The same corpus with so many documents for each latent.
 
-    With `share`, documents keep 1 - share of one common map and of its habits, the corpus's, and
-    draw the rest afresh. ValueError if latents change within a document.
+    ValueError if latents change within a document.
     """
     file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
@@ -106,20 +103,7 @@ def sharing(corpus: GrammarProcess, repetitions: int, share: float | None = None
             f"{corpus.name}: redraws latents within documents, {file['redraw']}; give a grammar "
             "that redraws for whole documents, so that each has one latent"
         )
-    if share is not None:
-        file["redraw"] = {"corpus": 1.0, "document": share} if share else {"corpus": 1.0}
     return GrammarProcess(Grammar(file), corpus.seed)
-
-
-def next_role(grammar: Grammar, state) -> str:
-    """The role that must follow a sentence's first roles `state`; ValueError if others may."""
-    following = PrefixParser(grammar).legal_roles(tuple(state)) if state else set()
-    if len(following) != 1:
-        raise ValueError(
-            f"state = {list(state)}: is not followed by one certain role in {grammar.name}; give "
-            "the first roles of a sentence, such as ['subject']"
-        )
-    return following.pop()
 
 
 def same_words(contexts: Contexts) -> Prompts:
@@ -129,126 +113,38 @@ def same_words(contexts: Contexts) -> Prompts:
     return _prompts(contexts, contexts.document, words)
 
 
-def fresh_words(contexts: Contexts, seed: int = 0) -> Prompts:
+def fresh_words(contexts: Contexts, seed: int = 0, under=None) -> Prompts:
     """For each query a zero-shot prompt of words of the same roles that its context has not shown.
 
-    They are drawn with `seed`; where all words of a role were shown, from all of them.
+    They are drawn with `seed`; where all words of a role were shown, from all of them. With `under`
+    (query,), numbers of queries, each is under that query's latent.
     """
     later = torch.arange(contexts.tokens.shape[1]) > contexts.position[:, None]
     shown = contexts.tokens[contexts.document].masked_fill(later, contexts.corpus.end)
     unseen = torch.ones(len(shown), contexts.corpus.vocabulary_size).scatter(1, shown, 1e-9)
-    return _prompts(contexts, contexts.document, _draw_words(contexts, unseen, seed))
+    document = contexts.document if under is None else contexts.document[under]
+    return _prompts(contexts, document, _draw_words(contexts, unseen, seed))
 
 
-def drawn_words(contexts: Contexts, each: int, seed: int = 0) -> Prompts:
-    """`each` zero-shot prompts for each latent, of words drawn uniformly for their roles."""
-    document = _first_documents(contexts).repeat_interleave(each)
-    alike = torch.ones(len(document), contexts.corpus.vocabulary_size)
-    return _prompts(contexts, document, _draw_words(contexts, alike, seed))
+def in_context(contexts: Contexts, prompts: Prompts, length: int) -> Prompts:
+    """Each query's zero-shot prompt after the `length` tokens before the query's sentence.
 
-
-def shuffle_contexts(contexts: Contexts, zero_shot: Prompts, length: int, seed: int = 0) -> Prompts:
-    """The same prompts after `length` tokens of sentences, each from a document drawn with `seed`.
-
-    Such a context shows the syntax and no latent. Its first sentence may be cut off.
+    ValueError if some query has fewer before it.
     """
-    generator = torch.Generator().manual_seed(seed)
-    begins = (contexts.source.token["place"] == 0).nonzero()[:, 0]
-    sentences = contexts.source.tokens.tensor_split(begins[1:])
-    rows = []
-    for _ in zero_shot.tokens:
-        row = zero_shot.tokens[0, :0]
-        while len(row) < length:
-            sentence = sentences[torch.randint(len(sentences), (), generator=generator)]
-            row = torch.cat([sentence, row])
-        rows.append(row[-length:])
-    tokens = torch.cat([torch.stack(rows), zero_shot.tokens[:, 1:]], 1)
-    return Prompts(tokens, zero_shot.gold, zero_shot.latent)
-
-
-def copy_prompts(grammar: Grammar, count: int, seed: int = 0) -> tuple[torch.Tensor, Prompts]:
-    """The release's prompts: source (count, 6), s1 v1 o1 c s1 v1, and target, s2 v2 o2 c s2 v2.
-
-    The target's words are others, and its gold is the source's answer o1, which stands in the
-    source: they measure copying. The grammar has roles subject, verb, object and connector.
-    """
-    generator, drawn = torch.Generator().manual_seed(seed), []
-    for role in ("subject", "verb", "object", "connector"):
-        words = _words(grammar, role)
-        two = torch.rand(count, len(words), generator=generator).argsort(1)[:, :2]
-        drawn.append(words[two].T)
-    (s1, s2), (v1, v2), (o1, o2), (c1, c2) = drawn
-    gold = torch.nn.functional.one_hot(o1, grammar.vocabulary_size).double()
-    target = Prompts(torch.stack([s2, v2, o2, c2, s2, v2], 1), gold, torch.arange(count))
-    return torch.stack([s1, v1, o1, c1, s1, v1], 1), target
-
-
-def last_queries(contexts: Contexts) -> torch.Tensor:
-    """The number of each document's last query (document with a query,)."""
-    following = contexts.document.diff(append=contexts.document.new_tensor([-1]))
-    return following.nonzero()[:, 0]
-
-
-# ------------------------------------------------------------------ what can be known of a latent
-
-
-def ideal_divergence(contexts: Contexts, groups) -> torch.Tensor:
-    """KL in nats (group,) from the latent-aware prediction to an ideal reader's, exact.
-
-    Each of `groups` is a list of queries of one latent: the reader has seen their contexts up to
-    there, knows the grammar, and predicts the word after the state (`posterior_frequencies`).
-    ValueError for a grammar with binding, where words are not independent draws.
-    """
-    corpus, grammar = contexts.corpus, contexts.corpus.grammar
-    if grammar.file.binding > 0:
+    begin = contexts.position - len(contexts.state) + 1
+    if begin.min() < length:
         raise ValueError(
-            f"{corpus.name}: binding = {grammar.file.binding}: the ideal reader is exact only "
-            "without; choose a grammar with binding 0"
+            f"length = {length}: a query has {int(begin.min())} tokens before its sentence; give "
+            "at most these"
         )
-    role = next_role(grammar, contexts.state)
-    law, ranked = _law(grammar, role), ranked_words(contexts, role)
-    found = []
-    for queries in groups:
-        document, position = contexts.document[queries], contexts.position[queries]
-        before = torch.arange(contexts.tokens.shape[1]) <= position[:, None]
-        shown = torch.bincount(contexts.tokens[document][before], minlength=corpus.vocabulary_size)
-        believed = posterior_frequencies(shown[ranked[contexts.latent[document[0]]]], law)
-        found.append((law * (law / believed).log()).sum())
-    return torch.stack(found)
-
-
-def ranked_words(contexts: Contexts, role: str) -> torch.Tensor:
-    """The words of a role under each latent, from the most frequent one on: (latent, rank)."""
-    maps = contexts.source.maps[role]  # for each document, or one for all
-    return maps[_first_documents(contexts) % len(maps)]
-
-
-def shared_part(contexts: Contexts, common: Contexts, role: str) -> torch.Tensor:
-    """What part of a role's map each latent (latent,) has in common with the first of `common`.
-
-    <p - u, q - u> / <q - u, q - u> for the two latents' word frequencies p and q, with u uniform:
-    1 for the same map, 0 on average for an independent one.
-    """
-    law = _law(contexts.corpus.grammar, role)
-    words = torch.cat([ranked_words(contexts, role), ranked_words(common, role)[:1]])
-    p = torch.zeros(len(words), contexts.corpus.vocabulary_size, dtype=torch.float64)
-    p.scatter_(1, words, (law - law.mean()).expand(words.shape))
-    return (p[:-1] * p[-1]).sum(1) / p[-1].square().sum()
-
-
-def _law(grammar: Grammar, role: str) -> torch.Tensor:
-    """The frequencies of a role's words by rank (rank,)."""
-    return torch.as_tensor(grammar.frequencies[grammar.roles.index(role)])
+    before = begin[:, None] - length + torch.arange(length)
+    shown = contexts.tokens[contexts.document[:, None], before]
+    return Prompts(torch.cat([shown, prompts.tokens[:, 1:]], 1), prompts.gold, prompts.latent)
 
 
 def _words(grammar: Grammar, role: str) -> torch.Tensor:
     """The tokens of a role (words,)."""
     return torch.as_tensor(grammar.words[grammar.roles.index(role)])
-
-
-def _first_documents(contexts: Contexts) -> torch.Tensor:
-    """The first document of each latent (latent,)."""
-    return torch.searchsorted(contexts.latent, contexts.latent.unique())
 
 
 def _draw_words(contexts: Contexts, weights, seed: int) -> torch.Tensor:
