@@ -10,8 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
-# Grouped queries are checked beside the plain architectures.
-MODELS = [*((name, {}) for name in NAMES), ("llama", {"num_key_value_heads": 1})]
+# Grouped queries and windows are checked beside the plain architectures.
+MODELS = [*((name, {}) for name in NAMES)]
+MODELS += [(name, {"num_key_value_heads": 1}) for name in ("llama", "phi3", "qwen3")]
+MODELS += [(name, {"sliding_window": 4}) for name in ("mistral", "olmo3")]
 
 
 def random_model(architecture, **config):
@@ -79,9 +81,9 @@ def test_queries_and_keys_give_the_attention_scores():
     close(scores.softmax(-1), patterns(model, TOKENS)[0])
 
 
-@pytest.mark.parametrize("architecture", NAMES)
-def test_attention_is_that_of_transformers_and_can_be_replaced(architecture):
-    model = random_model(architecture)
+@pytest.mark.parametrize("architecture, config", MODELS)
+def test_attention_is_that_of_transformers_and_can_be_replaced(architecture, config):
+    model = random_model(architecture, **config)
     own = patterns(model, TOKENS)
     assert model.config._attn_implementation == "sdpa"  # as it was before
     model.set_attn_implementation("eager")

@@ -33,14 +33,20 @@ class Names:
     config: dict = field(default_factory=dict)  # what the config needs beside the sizes
 
 
+_NORMED_AFTERWARDS = Names(
+    input_norm=None,
+    attention_norm="post_attention_layernorm",
+    mlp_norm="post_feedforward_layernorm",
+)
 NAMES = {
     "llama": Names(),
+    "mistral": Names(),
+    "qwen3": Names(),
+    "smollm3": Names(),
+    "phi3": Names(projections=("self_attn.qkv_proj",)),
     "olmo": Names(),
-    "olmo2": Names(
-        input_norm=None,
-        attention_norm="post_attention_layernorm",
-        mlp_norm="post_feedforward_layernorm",
-    ),
+    "olmo2": _NORMED_AFTERWARDS,
+    "olmo3": _NORMED_AFTERWARDS,
     "gpt_neox": Names(
         blocks="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
@@ -156,7 +162,9 @@ class Internals:
             return [matrix.unflatten(-1, (-1, self.head_dim)) for matrix in rows]
         if self.config.model_type == "gpt_neox":  # for each head its query, key and value
             return list(rows[0].unflatten(-1, (self.heads, 3, self.head_dim)).unbind(-2))
-        return list(rows[0].unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3))
+        shared = getattr(self.config, "num_key_value_heads", self.heads)
+        heads = rows[0].unflatten(-1, (-1, self.head_dim))
+        return list(heads.split([self.heads, shared, shared], -2))
 
     def w_o(self, layer: int) -> torch.Tensor:
         """W_O of each head of a layer: (head, head_dim, width)."""
