@@ -6,6 +6,7 @@ import torch
 from latentree.inside.names import Internals
 from latentree.inside.trace import run
 
+
 @torch.no_grad()
 def path_patch(model, tokens, sender: tuple, receiver: tuple[int, int], point: str) -> dict:
     """The change of a run that cuts one path: from `sender` to what one head reads at `point`.
