@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from contextlib import redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -23,11 +25,13 @@ def packaged(package: str, cache) -> Path | None:
     if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         where = {"gguf_file": file.name, "local_files_only": True}
-        quantised = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+        source = file.parent
+        with redirect_stderr(StringIO()):  # a progress bar of every tensor
+            quantised = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
         del quantised.config.quantization_config  # with which transformers would not save it
         model = type(quantised)(quantised.config)
         model.load_state_dict(quantised.state_dict())
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source, **where).save_pretrained(partial)
         os.replace(partial, folder)
     return folder
