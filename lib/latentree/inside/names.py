@@ -1,8 +1,7 @@
 """One standard name for each internal point of a causal language model.
 
-Matrices follow the mathematics of a row vector: with x (width) the input of a head, its value is
-x @ W_V (head_dim), and what it adds to the attention's output is z @ W_O (width), where
-z (head_dim) is the head's mix of values.
+Matrices follow the mathematics of a row vector: what a head adds to the attention's output is
+z @ W_O (width), where z (head_dim) is the head's mix of values.
 """
 
 from dataclasses import dataclass, field
@@ -140,31 +139,6 @@ class Internals:
         if len(paths) == 1:
             return {}
         return {point: _part(self.blocks[layer], path) for point, path in zip("qkv", paths)}
-
-    def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each.
-
-        A shared key or value head is repeated. Biases and rotary positions are left out; norms of
-        queries and keys enter by their gains.
-        """
-        attention, found = self.attention(layer), []
-        rows = [weight(_part(self.blocks[layer], path)).T for path in self.names.projections]
-        for name, matrix in zip(("q_norm", "k_norm", ""), self._unfused(rows), strict=True):
-            if hasattr(attention, name):
-                gain = getattr(attention, name).weight
-                matrix = matrix * gain.unflatten(0, (-1, self.head_dim))
-            found.append(matrix.repeat_interleave(self.heads // matrix.shape[1], 1).transpose(0, 1))
-        return tuple(found)
-
-    def _unfused(self, rows) -> list:
-        """Queries, keys and values (width, heads, head_dim) of projections (width, channels)."""
-        if len(rows) > 1:
-            return [matrix.unflatten(-1, (-1, self.head_dim)) for matrix in rows]
-        if self.config.model_type == "gpt_neox":  # for each head its query, key and value
-            return list(rows[0].unflatten(-1, (self.heads, 3, self.head_dim)).unbind(-2))
-        shared = getattr(self.config, "num_key_value_heads", self.heads)
-        heads = rows[0].unflatten(-1, (-1, self.head_dim))
-        return list(heads.split([self.heads, shared, shared], -2))
 
     def w_o(self, layer: int) -> torch.Tensor:
         """W_O of each head of a layer: (head, head_dim, width)."""
