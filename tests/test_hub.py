@@ -5,12 +5,14 @@ import threading
 from collections import namedtuple
 from itertools import combinations
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hub import MODEL, Hub, lay_out
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentree.series.checkpoints import LocalSeries
@@ -22,6 +24,7 @@ from test_checkpoints import make_run
 
 SIZES = {"vocabulary_size": 12, "layers": 1, "width": 16, "heads": 2, "context": 8}
 WEIGHTS = "model.safetensors"
+ANSWER = httpx.Response(401, request=httpx.Request("GET", "http://127.0.0.1"))
 NAMES = {0: "step0", 1000: "step1000-tokens4B", 3000: "step3000-tokens12B"}
 
 
@@ -257,3 +260,24 @@ def test_a_cache_without_links_is_read(tmp_path, cache, monkeypatch):
     assert series.steps == local.steps
     for step in series.steps:
         assert torch.equal(series.load(step).lm_head.weight, local.load(step).lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "error, mend",
+    [
+        (GatedRepoError("is gated", response=ANSWER), "is gated; ask for access"),
+        (
+            HfHubHTTPError("token expired", response=ANSWER),
+            "token expired; look at its name, log in",
+        ),
+        (httpx.ConnectError("no route"), "no route; look at the network"),
+        (PermissionError("read-only"), "read-only; give a cache that can be written to"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_with_its_reason(error, mend, monkeypatch):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(HfApi, "list_repo_refs", refuse)
+    with pytest.raises(ValueError, match=f"maker/model: {mend}"):
+        revisions("maker/model")

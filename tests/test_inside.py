@@ -10,8 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
-# Grouped queries are checked beside the plain architectures.
-MODELS = [*((name, {}) for name in NAMES), ("llama", {"num_key_value_heads": 1})]
+# Grouped queries and windows are checked beside the plain architectures.
+MODELS = [*((name, {}) for name in NAMES)]
+MODELS += [(name, {"num_key_value_heads": 1}) for name in ("llama", "phi3", "qwen3")]
+MODELS += [(name, {"sliding_window": 4}) for name in ("mistral", "olmo3")]
 
 
 def random_model(architecture, **config):
@@ -51,37 +53,8 @@ def test_what_is_written_adds_up_to_the_stream_and_the_logits(architecture, conf
 
 
 @pytest.mark.parametrize("architecture, config", MODELS)
-def test_a_head_mixes_the_values_that_its_matrices_make(architecture, config):
+def test_attention_is_that_of_transformers_and_can_be_replaced(architecture, config):
     model = random_model(architecture, **config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias") and "ln_" not in name and "norm" not in name:
-            parameter.data.zero_()
-    inside = Internals(model)
-    found, attended = run(model, TOKENS, read=("stream", "z")), patterns(model, TOKENS)
-    for layer in range(2):
-        norm = inside.input_norm(layer)
-        read = found["stream"][layer] if norm is None else norm(found["stream"][layer])
-        values = torch.einsum("bkw,hwd->bhkd", read, inside.projections(layer)[2])
-        close((attended[layer] @ values).transpose(1, 2), found["z"][layer])
-
-
-def test_queries_and_keys_give_the_attention_scores():
-    # GPT-2 has no rotary positions, so its pattern follows from the matrices alone.
-    model = random_model("gpt2")
-    for name, parameter in model.named_parameters():
-        if "c_attn.bias" in name:
-            parameter.data.zero_()
-    inside = Internals(model)
-    w_q, w_k, _ = inside.projections(0)
-    read = inside.input_norm(0)(run(model, TOKENS, read=("stream",))["stream"][0])
-    scores = torch.einsum("bqw,hwd,hvd,bkv->bhqk", read, w_q, w_k, read) / inside.head_dim**0.5
-    scores = scores.masked_fill(torch.ones(12, 12).triu(1).bool(), float("-inf"))
-    close(scores.softmax(-1), patterns(model, TOKENS)[0])
-
-
-@pytest.mark.parametrize("architecture", NAMES)
-def test_attention_is_that_of_transformers_and_can_be_replaced(architecture):
-    model = random_model(architecture)
     own = patterns(model, TOKENS)
     assert model.config._attn_implementation == "sdpa"  # as it was before
     model.set_attn_implementation("eager")

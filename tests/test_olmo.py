@@ -13,32 +13,36 @@ from test_text import lines, tokenizer
 
 VALUES = {
     "profile": "smoke",
+    "published": "stand-in",
     "series": "maker/words",
     "count": 3,
     "documents": 400,
-    "sequences": 12,
+    "windows": 4,
+    "few": 4,
+    "short": 24,
+    "sequences": 24,
     "context": 48,
-    "state": [],
-    "latents": 6,
+    "named": {"1000": "early", "4000": "late"},
     "precision": "bfloat16",
 }
 
 
 @pytest.fixture
 def out(tmp_path):
-    """The folder of a run, in whose cache lie three revisions and their tokenizer.
+    """The folder of a run, in whose cache lie two revisions and their tokenizer.
 
-    The model's vocabulary is larger than the tokenizer's.
+    Their names do not say their step. The model's vocabulary is larger than the tokenizer's.
     """
     run = tmp_path / "trained"
     run.mkdir()
     (run / IDENTITY).write_text(json.dumps({"architecture": "gpt_neox", "vocabulary_size": 24}))
     revisions = {}
-    for step in (1000, 2000, 4000):
+    for step, name in VALUES["named"].items():
+        step = int(step)
         save_checkpoint(build_model("gpt_neox", 24, 3, 32, 4, 64, seed=step), run, step)
         folder = run / f"step-{step:08d}"
         tokenizer().save_pretrained(folder)
-        revisions[f"step{step}-tokens{step}M"] = folder
+        revisions[name] = folder
     lay_out(revisions, VALUES["series"], tmp_path / "out" / "checkpoints" / "hub")
     return tmp_path / "out"
 
@@ -52,10 +56,8 @@ def test_a_series_of_the_hub_is_measured_on_a_text(out, tmp_path, monkeypatch):
     assert main(notebook) == 0
     results = json.loads((out / "results" / "07.json").read_text())["claims"]
     claims = {claim["id"]: claim for claim in results}
-    assert claims["series-induction"]["corpus"] == "maker/words, on story"
-    assert claims["series-induction"]["value"] is not None
-    assert claims["series-function-vector"]["reason"].startswith("on a text")
-    assert "20 are needed" in claims["series-repair"]["reason"]  # of 12 windows
-    assert claims["olmo-induction"]["value"] is None
-    measured = pd.read_csv(out / "tables" / "07_measurements.csv")
-    assert sorted(measured.tokens.unique()) == [1e9, 2e9, 4e9]
+    assert claims["series-lookup"]["corpus"] == "maker/words, on story"
+    assert claims["series-lookup"]["value"] is not None
+    assert claims["real-lookup"]["reason"] == "the package stand-in is not installed"
+    measured = pd.read_csv(out / "tables" / "07_along_training.csv")
+    assert sorted(measured.tokens.unique()) == [1000, 4000]  # steps, for nothing tells tokens

@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 from latentree.data.corpus import HELD_OUT, held_out
-from latentree.data.text import Text, load_text
+from latentree.data.text import Text, _texts, load_text
 from latentree.measure import function_vectors as fv
 from latentree.measure import hydra, induction, prompts
 from latentree.measure.donors import stimulus
@@ -80,6 +80,13 @@ def test_a_data_set_of_the_hub_is_streamed_in_order(monkeypatch):
     assert asked == [(("maker/words", "en"), {"split": "validation", "streaming": True})]
     found = text.documents(HELD_OUT + torch.arange(20)).tokens.tolist()
     assert found == sum(map(as_tokens, lines(20)), []) and len(read) == 20
+
+
+def test_pythons_manual_is_prose(text):
+    manual = list(_texts("python"))
+    assert len(manual) > 60 and min(map(len, manual)) > 800
+    assert not any(">>>" in document or "`" in document for document in manual)
+    assert "assignment" in manual[0] and load_text("python", tokenizer(), 20).name == "python"
 
 
 def test_every_measurement_takes_a_text(text):

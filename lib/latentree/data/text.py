@@ -1,7 +1,9 @@
 """A text as a corpus, so that every measurement takes it as it takes sampled ones."""
 
 import json
+import re
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 
@@ -52,8 +54,9 @@ def load_text(
 ) -> Text:
     """The first documents of `source` with at least `shortest` tokens, cut off after `longest`.
 
-    `source` is a text file (documents between empty lines), a .jsonl file (field text), or a data
-    set on the hub, streamed: "allenai/c4" or, with its configuration, "allenai/c4:en".
+    `source` is a text file (documents between empty lines), a .jsonl file (field text), "python" for
+    English that every Python brings along, or a data set on the hub, streamed: "allenai/c4" or,
+    with its configuration, "allenai/c4:en".
     `vocabulary_size` is the model's, where it is larger than the tokenizer's (many are padded).
     Raises ValueError for a tokenizer without an end token, or less than 2 documents.
     """
@@ -80,7 +83,9 @@ def load_text(
 def _texts(source):
     """The texts of the documents of a source, one after the other."""
     path = Path(source)
-    if path.suffix == ".txt":
+    if source == "python":
+        yield from _manual()
+    elif path.suffix == ".txt":
         yield from filter(str.strip, path.read_text(encoding="utf-8").split("\n\n"))
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8") as lines:
@@ -92,3 +97,20 @@ def _texts(source):
         name, _, configuration = source.partition(":")
         for row in load_dataset(name, configuration or None, split="validation", streaming=True):
             yield row["text"]
+
+
+def _manual(letters: int = 800):
+    """Prose of Python's language reference, as help() has it: its paragraphs without code.
+
+    Paragraphs of a section are put together until they have so many letters.
+    """
+    for section in topics.values():
+        prose = ""
+        for paragraph in section.split("\n\n"):
+            words = " ".join(paragraph.split())
+            plain = sum(map(str.isalpha, words)) > 0.75 * len(words)
+            if paragraph[:1].isupper() and words.endswith(".") and plain:
+                prose += re.sub(r'[*`"]', "", words) + "\n"
+            if len(prose) > letters:
+                yield prose
+                prose = ""

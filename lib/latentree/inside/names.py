@@ -1,8 +1,7 @@
 """One standard name for each internal point of a causal language model.
 
-Matrices follow the mathematics of a row vector: with x (width) the input of a head, its value is
-x @ W_V (head_dim), and what it adds to the attention's output is z @ W_O (width), where
-z (head_dim) is the head's mix of values.
+Matrices follow the mathematics of a row vector: what a head adds to the attention's output is
+z @ W_O (width), where z (head_dim) is the head's mix of values.
 """
 
 from dataclasses import dataclass, field
@@ -33,16 +32,21 @@ class Names:
     config: dict = field(default_factory=dict)  # what the config needs beside the sizes
 
 
+_NORMED_AFTERWARDS = Names(
+    input_norm=None,
+    attention_norm="post_attention_layernorm",
+    mlp_norm="post_feedforward_layernorm",
+)
 NAMES = {
     "llama": Names(),
-    "olmo": Names(),
     # Built here with attention to the last 8 tokens only, which forces a model to relay.
     "mistral": Names(config={"sliding_window": 8}),
-    "olmo2": Names(
-        input_norm=None,
-        attention_norm="post_attention_layernorm",
-        mlp_norm="post_feedforward_layernorm",
-    ),
+    "qwen3": Names(),
+    "smollm3": Names(),
+    "phi3": Names(projections=("self_attn.qkv_proj",)),
+    "olmo": Names(),
+    "olmo2": _NORMED_AFTERWARDS,
+    "olmo3": _NORMED_AFTERWARDS,
     "gpt_neox": Names(
         blocks="gpt_neox.layers",
         embedding="gpt_neox.embed_in",
@@ -136,29 +140,6 @@ class Internals:
         if len(paths) == 1:
             return {}
         return {point: _part(self.blocks[layer], path) for point, path in zip("qkv", paths)}
-
-    def projections(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """W_Q, W_K, W_V of a layer, (head, width, head_dim) each.
-
-        A shared key or value head is repeated. Biases and rotary positions are left out; norms of
-        queries and keys enter by their gains.
-        """
-        attention, found = self.attention(layer), []
-        rows = [weight(_part(self.blocks[layer], path)).T for path in self.names.projections]
-        for name, matrix in zip(("q_norm", "k_norm", ""), self._unfused(rows), strict=True):
-            if hasattr(attention, name):
-                gain = getattr(attention, name).weight
-                matrix = matrix * gain.unflatten(0, (-1, self.head_dim))
-            found.append(matrix.repeat_interleave(self.heads // matrix.shape[1], 1).transpose(0, 1))
-        return tuple(found)
-
-    def _unfused(self, rows) -> list:
-        """Queries, keys and values (width, heads, head_dim) of projections (width, channels)."""
-        if len(rows) > 1:
-            return [matrix.unflatten(-1, (-1, self.head_dim)) for matrix in rows]
-        if self.config.model_type == "gpt_neox":  # for each head its query, key and value
-            return list(rows[0].unflatten(-1, (self.heads, 3, self.head_dim)).unbind(-2))
-        return list(rows[0].unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3))
 
     def w_o(self, layer: int) -> torch.Tensor:
         """W_O of each head of a layer: (head, head_dim, width)."""

@@ -11,7 +11,6 @@ import torch
 
 from latentree.evidence.intervals import ratio
 from latentree.inside.attention import attention
-from latentree.measure.circuits import copying
 from latentree.measure.stimuli import RELEASED, Stimulus, Targets
 from latentree.train.model import next_token_losses
 
@@ -26,7 +25,7 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     chance, elsewhere, queries. variant `head`: one head's score. `best`: the best head's, by
     `choose_and_score`; the layer and head named are the best over all sequences. `as released`:
     the largest over heads of the release's score, order is its k. `model`: loss (nats a token),
-    in-context gain, second-copy gain (nats; layer and head are -1). Copying is the OV circuit's.
+    in-context gain, second-copy gain (nats; layer and head are -1).
 
     Two nulls: chance is uniform attention's score, and elsewhere what the same head pays to the
     targets of another sequence, which its positions alone can explain (not a number where all
@@ -35,7 +34,6 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     tables = []
     for name, stimulus in stimuli.items():
         sums, elsewhere, losses = _run(model, stimulus, rows)
-        sums = torch.cat([sums, copying(model, stimulus.tokens)[:, None]], 1)
         scores = _score_rows(sums, elsewhere, stimulus.targets)
         tables += [
             scores.assign(stimulus=name),
@@ -140,13 +138,11 @@ def _run(model, stimulus: Stimulus, rows: int):
 def _score_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
     """The rows of heads, best heads and the released score, heads numbered through all layers.
 
-    `sums` (sequence, score, head): of `attention_sums`, then copying, which every sequence has.
+    `sums` (sequence, score, head) are of `attention_sums`.
     """
-    names, levels = [*targets.names, ("copying", 0)], [*chance(targets).tolist(), 0.0]
-    counts = torch.cat([targets.queries, torch.ones_like(targets.queries[:, :1])], 1)
+    names, levels, counts = targets.names, chance(targets).tolist(), targets.queries
     each = torch.stack(ratio(sums, counts[..., None]))  # value, low and high (3, score, head)
-    null = torch.full_like(each[0], torch.nan)
-    null[:-1] = elsewhere.sum(0) / targets.queries.sum(0)[:, None]
+    null = elsewhere.sum(0) / counts.sum(0)[:, None]
     rows = []
     for number, (score, order) in enumerate(names):
         one, count = sums[:, number], counts[:, number]

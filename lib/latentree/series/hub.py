@@ -8,15 +8,18 @@ import re
 import shutil
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub import try_to_load_from_cache as in_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoConfig
 
@@ -29,6 +32,23 @@ _STEP = re.compile(
     r"(?P<step>\d+)(?:-(?:tokens)?(?P<tokens>\d+(?:\.\d+)?)(?P<scale>[KMBT]?)T?)?"
 )
 _SCALES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+_MENDS = [  # what huggingface_hub raises, and what to do then
+    (GatedRepoError, "ask for access on its page, and log in by `hf auth login`"),
+    (HfHubHTTPError, "look at its name, log in again by `hf auth login`, or try later"),
+    (PermissionError, "give a cache that can be written to"),
+    (Exception, "look at the network, or set HF_HUB_OFFLINE=1 to read the cache alone"),
+]
+
+
+@contextmanager
+def _asking(repository):
+    """Within, what huggingface_hub or the network refuses becomes a ValueError with its reason."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError) as error:
+        reason = " ".join(str(error).split())
+        mend = next(mend for kind, mend in _MENDS if isinstance(error, kind))
+        raise ValueError(f"{repository}: {reason}; {mend}") from error
 
 
 def revisions(repository: str, cache=None) -> dict[int, str]:
@@ -40,7 +60,8 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
     if constants.HF_HUB_OFFLINE:
         names = [name for name, files in _cached(repository, cache).items() if _of_model(files)]
     else:
-        refs = HfApi().list_repo_refs(repository)
+        with _asking(repository):
+            refs = HfApi().list_repo_refs(repository)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
     named, later = {}, []
     for name in sorted(names):
@@ -183,7 +204,8 @@ class HubSeries:
                 commit = cached.file_path.parent.name
                 files[file] = cached.size_on_disk, str(cached.blob_path)
         else:
-            info = HfApi().model_info(self.repository, revision=name, files_metadata=True)
+            with _asking(self.repository):
+                info = HfApi().model_info(self.repository, revision=name, files_metadata=True)
             commit, files = info.sha, {}
             for file in info.siblings:
                 files[file.rfilename] = file.size, file.lfs.sha256 if file.lfs else file.blob_id
@@ -214,7 +236,8 @@ class HubSeries:
             )
         if self._free:
             needed = max(self._missing(found) for found in self._found.values()) / 1e9
-        self._cache.mkdir(parents=True, exist_ok=True)
+        with _asking(self.repository):
+            self._cache.mkdir(parents=True, exist_ok=True)
         room = shutil.disk_usage(self._cache).free / 1e9
         if needed > room:
             raise ValueError(
@@ -247,12 +270,13 @@ class HubSeries:
         if self._free:
             self._remove_before(step)
         found = self._found[step]
-        folder = snapshot_download(
-            self.repository,
-            revision=found.name,  # which the cache then knows offline
-            cache_dir=self._cache,
-            allow_patterns=list(found.files),
-        )
+        with _asking(self.repository):
+            folder = snapshot_download(
+                self.repository,
+                revision=found.name,  # which the cache then knows offline
+                cache_dir=self._cache,
+                allow_patterns=list(found.files),
+            )
         if Path(folder).name != found.commit:
             raise ValueError(f"{self.repository}: {found.name} has moved; make the series again")
         return load_whole(folder, device, dtype, **options)
