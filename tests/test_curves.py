@@ -122,3 +122,10 @@ def test_the_widest_interval_holds_those_of_every_other_checkpoint():
         for chosen in ([*range(0, size - 1, 2), size - 1], [*range((size - 1) % 2, size, 2)]):
             _, other_low, other_high = doublings_later(early.at(chosen), late.at(chosen))
             assert low <= other_low and other_high <= high
+
+
+def test_a_curve_has_ended_if_it_hardly_rises_in_its_last_quarter():
+    early, late = rising(1000, 0.5), rising(200_000, 0.5)
+    assert ended(early) and not ended(late)
+    falling = Curve(early.tokens, -early.sums, early.counts)
+    assert ended(falling)  # what never rises is not still rising

@@ -62,17 +62,6 @@ def test_latent_aware_predictive_equals_enumeration(habits):
     assert torch.allclose(token_losses(grammar, documents), -of_token.log())
 
 
-def test_latents_that_are_not_trusted_are_not_used():
-    """Without trust in maps a word is any of its role, without it in habits it is free."""
-    grammar = make(ORDERS, binding=0.7, habits={"verb": "noun"})
-    documents = GrammarProcess(grammar).documents(range(5))
-    nowhere = predictive(grammar, documents, trust={role: (0.0, 0.0) for role in grammar.roles})
-    assert torch.allclose(nowhere, predictive(grammar, documents, latent_aware=False))
-    free = make(ORDERS, binding=0.0, habits={"verb": "noun"})
-    no_habits = predictive(grammar, documents, trust={"verb": (1.0, 0.0)})
-    assert torch.allclose(no_habits, predictive(free, documents))
-
-
 def test_syntax_only_equals_the_parser():
     """Each token's probability is its role's, by the prefix parser, shared by the role's words."""
     grammar = make(ORDERS, binding=0.7, habits={"verb": "noun"})

@@ -113,7 +113,8 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
 
     Raises ValueError for a file that is missing or wrong.
     """
-    from latentree.data.ngrams import Chain, HashedTables, Successors  # which import this module
+    from latentree.data.filtered import FilteredTree  # which, as these, imports this module
+    from latentree.data.ngrams import Chain, HashedTables, Successors
     from latentree.data.sampler import GrammarProcess
 
     path = Path(folder) / f"{name}.yaml"
@@ -125,13 +126,14 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
         raise ValueError(
             f"grammar file {path}: name is {content.get('name')!r}; give file and name the same"
         )
-    treeless = {"n-gram": Chain, "hashed n-gram": HashedTables, "treeless": Successors}
-    if content.get("kind") not in treeless:
+    kinds = {"n-gram": Chain, "hashed n-gram": HashedTables, "treeless": Successors}
+    kinds["filtered tree"] = FilteredTree
+    if content.get("kind") not in kinds:
         return GrammarProcess(Grammar(content), seed)
     fields = {key: value for key, value in content.items() if key not in ("kind", "about")}
     if "parent" in fields:
         fields["parent"] = load_corpus(fields["parent"], folder, seed)
-    return treeless[content["kind"]](seed=seed, **fields)
+    return kinds[content["kind"]](seed=seed, **fields)
 
 
 class Stream:

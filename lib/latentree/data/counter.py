@@ -42,6 +42,15 @@ def draw(limits, key):
     return torch.searchsorted(limits, uniform(key), right=True).clamp_(max=limits.shape[-1] - 1)
 
 
+def draw_rows(rows, row, key):
+    """Index for each key from the distribution rows[row]; rows (n, m), `row` broadcasts to key."""
+    limits = thresholds(rows)
+    offset = torch.arange(len(limits))[:, None] << BITS
+    flat = (limits + offset).flatten().to(key.device)
+    found = torch.searchsorted(flat, uniform(key) + (row << BITS), right=True)
+    return (found - row * limits.shape[1]).clamp(max=limits.shape[1] - 1)
+
+
 def shuffled(key, size):
     """A uniformly random order of `size` < 2**20 items for each key: (..., size).
 

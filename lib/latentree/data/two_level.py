@@ -120,11 +120,7 @@ class TwoLevel(Corpus):
 
 def _drawn(log_rows, row, key):
     """An index for each key from the distribution log_rows[row] (nats); row broadcasts to key."""
-    limits = counter.thresholds(log_rows.exp())
-    offset = torch.arange(len(limits))[:, None] << counter.BITS
-    flat = (limits + offset).flatten().to(key.device)
-    found = torch.searchsorted(flat, counter.uniform(key) + (row << counter.BITS), right=True)
-    return (found - row * limits.shape[1]).clamp(max=limits.shape[1] - 1)
+    return counter.draw_rows(log_rows.exp(), row, key)
 
 
 # ---------------------------------------------------------------------- made for a question

@@ -23,6 +23,7 @@ KIND_COLOURS = {
     "flat": "#D55E00",
     "static": "#009E73",
     "treeless": "#882255",
+    "filtered tree": "#332288",
     "n-gram": "#CC79A7",
     "hashed n-gram": "#8C6D1F",
     "small release": "#56B4E9",

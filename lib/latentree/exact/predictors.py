@@ -35,14 +35,11 @@ def token_losses(grammar, documents, latent_aware=True):
     return losses[sentences.kept] + role_losses(grammar, documents)
 
 
-def predictive(grammar, documents, latent_aware=True, log_token=False, trust=None):
+def predictive(grammar, documents, latent_aware=True, log_token=False):
     """Exact next-token distribution before each token: (tokens, vocabulary).
 
     With `log_token` only log p(token), (tokens,). `documents` are whole documents with their
-    derivation (GrammarProcess.documents). `trust` {role: (map, habit)} says how likely their
-    latents still hold: each word stands by its map with the first probability, else is any word of
-    its role, and each use of a habit is the habit's with the second, else drawn afresh; every word
-    and use anew (all 1 by default). Raises ValueError for a grammar whose shapes cannot be
+    derivation (GrammarProcess.documents). Raises ValueError for a grammar whose shapes cannot be
     enumerated.
     """
     if grammar.shapes is None:
@@ -50,7 +47,7 @@ def predictive(grammar, documents, latent_aware=True, log_token=False, trust=Non
             f"grammar {grammar.name}: whole distributions need shapes that can be enumerated; use "
             "token_losses"
         )
-    sentences = _Sentences(grammar, documents, latent_aware, trust)
+    sentences = _Sentences(grammar, documents, latent_aware)
     size = () if log_token else (grammar.vocabulary_size,)
     result = torch.zeros((*sentences.kept.shape, *size), dtype=torch.float64)
     prior = torch.tensor([shape.probability for shape in grammar.shapes], dtype=torch.float64)
@@ -78,7 +75,7 @@ class _Sentences:
     kept (sentences, longest) is True where a sentence has a word.
     """
 
-    def __init__(self, grammar, documents, latent_aware, trust=None):
+    def __init__(self, grammar, documents, latent_aware):
         token, place = documents.token, documents.token["place"]
         row = (place == 0).cumsum(0) - 1
         self.kept = torch.zeros(int(row[-1]) + 1, int(place.max()) + 1, dtype=torch.bool)
@@ -96,7 +93,6 @@ class _Sentences:
             self._maps, self._unit = dict(zip(grammar.roles, words)), torch.zeros_like(self._unit)
         self._habits = {child: rows[self._unit] for child, rows in documents.habits.items()}
         self._laws = {role: torch.tensor(law) for role, law in zip(grammar.roles, laws)}
-        self._trust = {role: (1.0, 1.0) for role in grammar.roles} | (trust or {})
         units = len(self._maps[grammar.roles[0]])
         rank_of = torch.empty(units, grammar.vocabulary_size, dtype=torch.int64)
         for words in self._maps.values():
@@ -115,7 +111,7 @@ class _Sentences:
         law = self._from_above(shape, place, place)
         for child in self._children(shape, place):
             law = law * self._from_below(shape, child, place)
-        return self._blurred(shape.roles[place], law / law.sum(1, keepdim=True))
+        return law / law.sum(1, keepdim=True)
 
     def chance(self, law, shape, place):
         """P(word at `place`) by `law`, 0 where its role is not the shape's: (sentences,)."""
@@ -135,14 +131,7 @@ class _Sentences:
 
     def _seen(self, shape, place):
         """One-hot ranks of an earlier word: (sentences, size)."""
-        role = shape.roles[place]
-        seen = one_hot(self._rank(shape, place), len(self._laws[role]))
-        return self._blurred(role, seen.double())
-
-    def _blurred(self, role, law):
-        """A law over ranks (sentences, size) as one over words, whose map may be lost; or back."""
-        kept = self._trust[role][0]
-        return kept * law + (1 - kept) / law.shape[1]
+        return one_hot(self._rank(shape, place), len(self._laws[shape.roles[place]])).double()
 
     def _from_above(self, shape, node, now):
         """What the words above and beside `node` say of its rank: (sentences, size)."""
@@ -150,19 +139,17 @@ class _Sentences:
         law = self._laws[role]
         if parent < 0 or self._binding == 0:
             return law.expand(len(self.kept), -1)
-        if parent < now and self._trust[shape.roles[parent]][0] == 1:
+        if parent < now:
             above = self._seen(shape, parent)  # known for sure: nothing else tells of it
         else:
             above = self._from_above(shape, parent, now)
-            if parent < now:
-                above = above * self._seen(shape, parent)
             for sibling in self._children(shape, parent):
                 if sibling != node:
                     above = above * self._from_below(shape, sibling, now)
         called = torch.zeros(len(self.kept), len(law), dtype=torch.float64)
         called.scatter_add_(1, self._habits[role], above)
-        binding = self._binding * self._trust[role][1]
-        return binding * called + (1 - binding) * law * above.sum(1, keepdim=True)
+        free = law * above.sum(1, keepdim=True)
+        return self._binding * called + (1 - self._binding) * free
 
     def _from_below(self, shape, node, now):
         """What `node` and words below it say of its parent's rank: (sentences, parent's size)."""
@@ -174,9 +161,8 @@ class _Sentences:
             below = torch.ones(len(self.kept), len(law), dtype=torch.float64)
             for child in self._children(shape, node):
                 below = below * self._from_below(shape, child, now)
-        binding = self._binding * self._trust[role][1]
         called = below.gather(1, self._habits[role])
-        return binding * called + (1 - binding) * (below @ law)[:, None]
+        return self._binding * called + (1 - self._binding) * (below @ law)[:, None]
 
 
 def role_losses(grammar, documents):

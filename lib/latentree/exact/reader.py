@@ -94,42 +94,6 @@ def reader_losses(
     return losses + role_loss
 
 
-def top_word(process, role: str):
-    """A function for `annotate` of `corpus.windows`, which gives the field top.
-
-    That is the token of the role's first rank where each token stands. Raises ValueError unless one
-    level redraws all maps, the role has one, and it follows no habit: the decoder is ideal there
-    only.
-    """
-    file = process.grammar.file
-    _check_redrawn_as_a_whole(process.grammar)
-    if role not in file.roles or not file.roles[role].has_map or _is_bound(process.grammar, role):
-        raise ValueError(
-            f"role = {role!r}: needs frequencies that differ and no habit; choose another of "
-            f"{', '.join(file.roles)}"
-        )
-    return lambda documents: {"top": documents.maps[role][documents.token["unit"], 0]}
-
-
-def ideal_decoder(grammar, rows: dict, role: str) -> torch.Tensor:
-    """Chance that the best reader of the tokens so far names `top` rightly.
-
-    Both are (sequence, position) of windows `rows`. It names the word of the role seen most often
-    since the latents were drawn (the field unit), one at random of several: swapping two words'
-    ranks, the word seen more often is the more probable first rank. Ideal for independent draws;
-    where other roles' words follow this one's, at the ends of sentences.
-    """
-    words = torch.as_tensor(grammar.words[grammar.roles.index(role)])
-    found = torch.zeros(rows["tokens"].shape)
-    for number, (tokens, unit, top) in enumerate(zip(rows["tokens"], rows["unit"], rows["top"])):
-        seen = (tokens[:, None] == words).int().cumsum(0)
-        begin = torch.searchsorted(unit, unit)  # units are numbered as they come
-        seen = seen - pad(seen, (0, 0, 1, 0))[begin]
-        best = seen == seen.max(1, keepdim=True).values
-        found[number] = (best & (words == top[:, None])).any(1) / best.sum(1)
-    return found
-
-
 def _check_redrawn_as_a_whole(grammar):
     shares = [share for share in grammar.file.redraw.values() if share > 0]
     if shares != [1.0]:
