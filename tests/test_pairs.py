@@ -79,7 +79,7 @@ def test_a_window_of_several_documents_holds_the_same_value_and_misleads_who_cou
     assert float(ideal.mean()) == pytest.approx(float(value.mean()), abs=1e-12)
 
     def even(tokens, seen, asked):
-        losses = pairs.even_losses(tokens, seen, 8, pairs.fit_prior(tokens, seen, asked, 8))
+        losses = pairs.even_losses(tokens, seen, 8, asked)
         return float(pairs.gains(losses, asked, 8).mean() / ideal.mean())
 
     assert 0.95 < even(tokens, alone, asked) < 1

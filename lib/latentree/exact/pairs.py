@@ -26,20 +26,18 @@ def ideal_losses(tokens, fresh, options: int, binding: float) -> torch.Tensor:
     return -(binding * odds**next_seen / evidence + (1 - binding) / options).log()
 
 
-def even_losses(tokens, seen, options: int, prior: float) -> torch.Tensor:
+def even_losses(tokens, seen, options: int, asked) -> torch.Tensor:
     """Loss in nats (sequence, position) of counting all `seen` keys alike, expired ones too.
 
-    An option seen c times of n has probability (c + prior / options) / (n + prior).
+    An option seen c times of n has probability (c + prior / options) / (n + prior), with the prior
+    (of a grid) that makes the loss over the queries `asked` (sequence, position) least.
     """
     counts, next_seen = _counts(tokens, seen)
-    return -((next_seen + prior / options) / (counts.sum(-1) + prior)).log()
-
-
-def fit_prior(tokens, seen, asked, options: int) -> float:
-    """The prior of least `even_losses` over the queries `asked` (sequence, position), of a grid."""
-    grid = np.geomspace(0.02, 200, 81)
-    losses = [float(even_losses(tokens, seen, options, prior)[asked].sum()) for prior in grid]
-    return float(grid[np.argmin(losses)])
+    total = counts.sum(-1)
+    tried = []
+    for prior in np.geomspace(0.02, 200, 81):
+        tried.append(-((next_seen + prior / options) / (total + prior)).log())
+    return min(tried, key=lambda losses: float(losses[asked].sum()))
 
 
 def gains(losses, asked, options: int) -> torch.Tensor:

@@ -59,7 +59,9 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
     """
     grammar = corpus.grammar or grammar
     callers = corpus.callers
-    rows = held_out(corpus, sequences, context, annotate=lambda text: _pairs(text, grammar, callers))
+    rows = held_out(
+        corpus, sequences, context, annotate=lambda text: _pairs(text, grammar, callers)
+    )
     tokens, role, document = rows["tokens"], rows["role"], rows["document"]
     alive = rows.get("alive", document)  # whose latents: a role's own, or the document's
     place, names, kind = torch.arange(context), [], torch.full_like(tokens, -1)
