@@ -24,9 +24,10 @@ NOTEBOOKS = {
     "06_hierarchy_in_stages": ["02_training"],
     "07_olmo": ["02_training"],
     "08_theory_sanity_checks": [],
+    "09_is_hierarchy_the_cause": [],
 }
 LIGHT = {"01_grammar_design"}  # needs no GPU
-FIRST = ["02", "06", "03", "04", "05", "08", "07", "01"]  # started in this order: the longest early, so that others fill the other cores
+FIRST = ["02", "06", "03", "04", "05", "08", "09", "07", "01"]  # started in this order: the longest early, so that others fill the other cores
 
 PROFILE = config.get("profile", "laptop")
 if not Path(f"params/{PROFILE}").is_dir():

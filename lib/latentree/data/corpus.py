@@ -59,9 +59,11 @@ class Corpus(ABC):
     - held_out_limit: how many held-out documents have no sentence in common with training (None:
       this is not asked).
     - grammar: the Grammar that its sentences follow, or None.
+    - callers: without a grammar, how many of the words, the first ones, say which word mostly
+      follows them in a document (None: all).
     """
 
-    repetitions, held_out_limit, grammar = 1, None, None
+    repetitions, held_out_limit, grammar, callers = 1, None, None, None
 
     def __init__(
         self, name, kind, vocabulary_size, end, mean_document_length, content, seed=0, label=""

@@ -115,21 +115,25 @@ class Successors(Corpus):
     """Text with a latent and no tree: what follows a word is drawn anew for each document.
 
     Each of the `words` has `choices` words that may follow it, the same in all documents. A
-    document draws one of them for each word; that one follows with probability `binding`, else any
-    of the choices does, all alike. Documents have `length` tokens, and no end token.
+    document draws one of them for each of the first `callers` words (by default all); that one
+    follows with probability `binding`, else any of the choices does, all alike. Documents have
+    `length` tokens, and no end token.
     """
 
-    def __init__(self, name="treeless", words=36, choices=12, binding=0.7, length=128, seed=0):
+    def __init__(
+        self, name="treeless", words=36, choices=12, binding=0.7, length=128, callers=0, seed=0
+    ):
+        content = {"words": words, "choices": choices, "binding": binding, "length": length}
         super().__init__(
             name=name,
             kind="treeless",
             vocabulary_size=words,
             end=None,
             mean_document_length=length,
-            content={"words": words, "choices": choices, "binding": binding, "length": length},
+            content=content | ({"callers": callers} if callers else {}),
             seed=seed,
         )
-        self.binding, self.length = binding, length
+        self.binding, self.length, self.callers = binding, length, callers or words
         self._key = counter.mix(torch.tensor(seed))
         word = torch.arange(words)
         others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
@@ -153,14 +157,15 @@ class Successors(Corpus):
         for t in range(1, self.length):
             before = tokens[:, t - 1]
             called = usual.gather(1, before[:, None])[:, 0]
-            tokens[:, t] = choices[before, torch.where(bound[:, t], called, other[:, t])]
+            follows = bound[:, t] & (before < self.callers)
+            tokens[:, t] = choices[before, torch.where(follows, called, other[:, t])]
         document = torch.arange(len(ids), device=device)[:, None].expand_as(tokens).flatten()
         fields = {"tokens": tokens.flatten(), "document": document}
         fields["position"] = position_within(document)
         return Documents(fields, len(ids))
 
     def losses(self) -> tuple[float, float]:
-        """Exact losses in nats a token: without knowing the document, and knowing it."""
+        """Exact losses in nats after a caller: without knowing the document, and knowing it."""
         count = self.choices.shape[1]
         rest = (1 - self.binding) / count
         called = self.binding + rest

@@ -32,6 +32,8 @@ class LookUps:
     - kind (sequence, query): the number of the query's kind, -1 where there is nothing to look up.
     - match, decoy (sequence, query, key): the keys that were in a pair with the same word, or with
       another.
+    - stale (sequence, query, key): keys that were in a pair with the same word, but under latents
+      that no longer hold.
     - bag (sequence, query, key): the earlier words of the next word's role, in its document.
     - stands (sequence, query): whether the next word is one of those that match.
     - document (sequence, position): the number of each token's document.
@@ -42,6 +44,7 @@ class LookUps:
     kind: torch.Tensor
     match: torch.Tensor
     decoy: torch.Tensor
+    stale: torch.Tensor
     bag: torch.Tensor
     stands: torch.Tensor
     document: torch.Tensor
@@ -55,16 +58,21 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
     each word and the one before are a pair, and all words are of one role.
     """
     grammar = corpus.grammar or grammar
-    rows = held_out(corpus, sequences, context, annotate=lambda text: _pairs(text, grammar))
+    callers = corpus.callers
+    rows = held_out(
+        corpus, sequences, context, annotate=lambda text: _pairs(text, grammar, callers)
+    )
     tokens, role, document = rows["tokens"], rows["role"], rows["document"]
+    alive = rows.get("alive", document)  # whose latents: a role's own, or the document's
     place, names, kind = torch.arange(context), [], torch.full_like(tokens, -1)
 
     def same(field):  # of the word after the query, and of the key
         return field.roll(-1, 1)[:, :, None] == field[:, None]
 
-    bag = torch.ones(context, context, dtype=torch.bool).tril() & same(role) & same(document)
-    bag[:, -1] = False  # nothing comes after the last word
-    match, decoy = torch.zeros_like(bag), torch.zeros_like(bag)
+    of_role = torch.ones(context, context, dtype=torch.bool).tril() & same(role)
+    of_role[:, -1] = False  # nothing comes after the last word
+    bag, fresh = of_role & same(document), same(alive)
+    match, decoy, stale = (torch.zeros_like(bag) for _ in range(3))
     for field in [name for name in rows if name.startswith("pair")]:
         other = place + rows[field]  # where the other one of the pair stands
         paired = (other != place) & (other >= 0) & (other < context)
@@ -77,11 +85,12 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
             kind[:, :-1][here[:, 1:]] = len(names)
             names.append(_told(grammar, path))
         seen = paired[:, None] & (other[:, None] <= place[:, None])  # both words of the key's pair
-        keys = bag & seen & asked.roll(-1, 1)[:, :, None]
-        match |= keys & same(word)
-        decoy |= keys & ~same(word)
+        keys = of_role & seen & asked.roll(-1, 1)[:, :, None]
+        match |= keys & fresh & same(word)
+        decoy |= keys & fresh & ~same(word)
+        stale |= keys & ~fresh & same(word)
     stands = (match & same(tokens)).any(2)
-    return LookUps(tokens, names, kind, match, decoy, bag, stands, document)
+    return LookUps(tokens, names, kind, match, decoy, stale, bag, stands, document)
 
 
 def _paths(role, distance, asked) -> list:
@@ -228,14 +237,17 @@ def _row(variant, head, interval, heads) -> dict:
     return place | {"value": value, "low": low, "high": high}
 
 
-def _pairs(documents, grammar) -> dict:
+def _pairs(documents, grammar, callers=None) -> dict:
     """Each token's role, and for each habit how far from it the other one of its pair stands.
 
     Fields pair0, pair1, ... (tokens,), 0 for a token that is in no such pair.
     """
     token, tokens = documents.token, documents.tokens
     if grammar is None:
-        return {"role": torch.zeros_like(tokens), "pair0": -(token["position"] > 0).long()}
+        called = token["position"] > 0
+        if callers is not None:
+            called &= tokens.roll(1) < callers
+        return {"role": torch.zeros_like(tokens), "pair0": -called.long()}
     role = torch.as_tensor(grammar.role_of)[tokens]
     fields, number = {"role": role}, {name: r for r, name in enumerate(grammar.roles)}
     for at, (child, parent) in enumerate(grammar.file.habits.items()):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -49,14 +50,16 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
 
     ValueError if the folder lacks some of its weights: transformers would draw them at random.
     """
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-        **options,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{folder}: lacks the weights {missing[0]} (and {len(missing) - 1} more); "

@@ -1,0 +1,53 @@
+"""What the past is worth where words call for words, by readers that need only who called for what.
+
+Each of a role's words calls for one of `options` words, all alike before anything was seen; that
+one follows with probability `binding`, else any of the options does. What a word calls for then
+depends on nothing but what followed it since its habits were drawn, so both readers are a few lines
+on a mask (sequence, query, key) of the earlier words that followed the query's word. The loss of a
+query is that of the next token.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn.functional import one_hot, pad
+
+
+def ideal_losses(tokens, fresh, options: int, binding: float) -> torch.Tensor:
+    """Loss in nats (sequence, position) of the reader who knows which earlier words still count.
+
+    `tokens` (sequence, position); `fresh` are the keys since the habits were drawn. By Bayes' rule
+    an option seen c times weighs (1 + options binding / (1 - binding))^c: exact.
+    """
+    seen, next_seen = _counts(tokens, fresh)
+    odds = 1 + options * binding / (1 - binding)
+    evidence = options + (odds**seen - 1).sum(-1)
+    return -(binding * odds**next_seen / evidence + (1 - binding) / options).log()
+
+
+def even_losses(tokens, seen, options: int, asked) -> torch.Tensor:
+    """Loss in nats (sequence, position) of counting all `seen` keys alike, expired ones too.
+
+    An option seen c times of n has probability (c + prior / options) / (n + prior), with the prior
+    (of a grid) that makes the loss over the queries `asked` (sequence, position) least.
+    """
+    counts, next_seen = _counts(tokens, seen)
+    total = counts.sum(-1)
+    tried = []
+    for prior in np.geomspace(0.02, 200, 81):
+        tried.append(-((next_seen + prior / options) / (total + prior)).log())
+    return min(tried, key=lambda losses: float(losses[asked].sum()))
+
+
+def gains(losses, asked, options: int) -> torch.Tensor:
+    """What is gained over who knows no habit, in nats a token, of each sequence (sequence,)."""
+    return ((math.log(options) - losses) * asked).mean(1)
+
+
+def _counts(tokens, keys):
+    """How often each word stands among a query's keys, and how often the next token does."""
+    words = one_hot(tokens).double()
+    counts = keys.double() @ words
+    following = pad(tokens[:, 1:], (0, 1))[..., None]
+    return counts, counts.gather(2, following)[..., 0]

@@ -1,0 +1,168 @@
+"""Readers of pairs: against brute force, against the ideal reader of any grammar, and on fakes."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from latentree.data.corpus import held_out, load_corpus
+from latentree.data.lifetimes import Lifetimes
+from latentree.data.ngrams import Successors
+from latentree.exact import ceilings, pairs
+from latentree.exact.predictors import role_losses
+from latentree.exact.reader import reader_losses
+from latentree.measure.lookup import look_ups, of_keys
+
+ONE = {"sections": 1, "paragraphs": 1}
+
+
+def lasting(sentences, **fields):
+    return load_corpus("called").changed(document=ONE | {"sentences": sentences}, **fields)
+
+
+def crossed():
+    return Lifetimes(lasting(6).grammar, {"verb": [2, 4], "object": [3, 3]})
+
+
+def test_the_ideal_reader_is_that_of_any_grammar_at_every_token():
+    corpus, context = lasting(8), 64
+    shown = look_ups(corpus, 6, context)
+    rows = held_out(
+        corpus,
+        6,
+        context,
+        annotate=lambda documents: {"role_loss": role_losses(corpus.grammar, documents)},
+    )
+    reader = reader_losses(corpus, rows, rows["role_loss"])[:, 1:]
+    asked = shown.kind[:, :-1] >= 0
+    own = pairs.ideal_losses(shown.tokens, shown.match, 8, 0.9)[:, :-1]
+    assert torch.allclose(own[asked], reader[asked], atol=1e-12)
+    rest = np.log(8) * (rows["role"] == 0)[:, 1:]  # subjects are free, ends are sure
+    assert torch.allclose(reader[~asked], rest[~asked].double(), atol=1e-12)
+
+
+def test_the_ideal_reader_is_bayes_rule_over_all_tables():
+    """Brute force: every table of who calls for whom, weighed by the tokens so far."""
+    size, binding = 2, 0.7
+    roles = {name: {"size": size} for name in ("subject", "verb", "object")}
+    corpus = lasting(3, roles=roles, binding=binding)
+    shown = look_ups(corpus, 5, 12)
+    own = pairs.ideal_losses(shown.tokens, shown.match, size, binding)
+    for sequence, tokens in enumerate(shown.tokens):
+        for begin in (0, 1):  # subject to verb, verb to object
+            seen, tables = [], list(product(range(size), repeat=size))
+            for at in range(begin, 12, 4):
+                parent, child = int(tokens[at]) - begin * size, int(tokens[at + 1])
+                child -= (begin + 1) * size
+
+                def chance(table, parent, child):
+                    return binding * (table[parent] == child) + (1 - binding) / size
+
+                weight = np.array([np.prod([chance(t, p, c) for p, c in seen]) for t in tables])
+                chances = np.array([chance(table, parent, child) for table in tables])
+                exact = -np.log((weight * chances).sum() / weight.sum())
+                assert float(own[sequence, at]) == pytest.approx(exact, abs=1e-12)
+                seen.append((parent, child))
+
+
+def test_a_window_of_several_documents_holds_the_same_value_and_misleads_who_counts_evenly():
+    """The same documents, alone or four in a window: what they are worth is equal, text by text."""
+    shown = look_ups(lasting(8), 24, 128)
+    parts = [slice(at, at + 32) for at in range(0, 128, 32)]
+    alone = torch.cat([shown.match[:, part, part] for part in parts])
+    assert alone.sum() == shown.match.sum() and shown.stale.any()
+    tokens = torch.cat([shown.tokens[:, part] for part in parts])
+    asked = torch.cat([shown.kind[:, part] for part in parts]) >= 0
+    ideal = pairs.gains(pairs.ideal_losses(tokens, alone, 8, 0.9), asked, 8)
+    four = pairs.ideal_losses(shown.tokens, shown.match, 8, 0.9)
+    value = pairs.gains(four, shown.kind >= 0, 8)
+    assert float(ideal.mean()) == pytest.approx(float(value.mean()), abs=1e-12)
+
+    def even(tokens, seen, asked):
+        losses = pairs.even_losses(tokens, seen, 8, asked)
+        return float(pairs.gains(losses, asked, 8).mean() / ideal.mean())
+
+    assert 0.95 < even(tokens, alone, asked) < 1
+    assert even(shown.tokens, shown.match | shown.stale, shown.kind >= 0) < 0.5
+
+
+def test_what_does_not_last_is_worth_nothing():
+    corpus = lasting(1)
+    shown = look_ups(corpus, 16, 128)
+    ideal = pairs.ideal_losses(shown.tokens, shown.match, 8, 0.9)
+    assert torch.allclose(ideal, torch.full_like(ideal, np.log(8)))
+    assert not shown.match.any() and shown.stale.any()
+
+
+@pytest.mark.parametrize("corpus", [lasting(1), lasting(32), crossed()], ids=["1", "32", "own"])
+def test_lifetimes_change_neither_what_syntax_gives_nor_what_latents_would(corpus):
+    expected = ceilings.expected(corpus.grammar).iloc[-1]
+    same = ceilings.expected(lasting(8).grammar).iloc[-1]
+    assert expected.equals(same)
+
+
+# ---------------------------------------------------------------------- lifetimes of one's own
+
+
+def test_each_role_changes_where_it_is_told_to_and_nowhere_else():
+    corpus = crossed()
+    documents = corpus.documents(range(50))
+    alive = documents.token["alive"].view(50, 6, 4)
+    verb = documents.habits["verb"].view(50, 6, 8)
+    object_ = documents.habits["object"].view(50, 6, 8)
+    for number, (habits, sets) in enumerate(((verb, [2, 4]), (object_, [3, 3])), 1):
+        changes = (habits[:, 1:] != habits[:, :-1]).any(2)
+        assert changes.all(0).tolist() == [at + 1 == sets[0] for at in range(5)]
+        assert not changes[:, [at for at in range(5) if at + 1 != sets[0]]].any()
+        told = alive[:, 1:, number] != alive[:, :-1, number]
+        assert torch.equal(told, changes)
+    assert torch.equal(corpus.documents([7]).tokens, documents.tokens[7 * 24 : 8 * 24])
+    assert torch.equal(corpus.documents(range(50), detail=False).tokens, documents.tokens)
+
+
+def test_words_follow_the_habits_of_their_own_role():
+    corpus = crossed()
+    documents = corpus.documents(range(400))
+    tokens = documents.tokens.view(-1, 4)
+    called = documents.habits["verb"].gather(1, tokens[:, :1])[:, 0] + 8 == tokens[:, 1]
+    assert float(called.double().mean()) == pytest.approx(0.9 + 0.1 / 8, abs=0.02)
+    parent = tokens[:, 1:2] - 8
+    called = documents.habits["object"].gather(1, parent)[:, 0] + 16 == tokens[:, 2]
+    assert float(called.double().mean()) == pytest.approx(0.9 + 0.1 / 8, abs=0.02)
+
+
+def test_matches_are_of_the_role_s_own_set_and_stale_ones_of_another():
+    shown = look_ups(crossed(), 40, 24)
+    sentence = torch.arange(24) // 4
+    sets = {"subject to verb": sentence >= 2, "verb to object": sentence >= 3}
+    for number, kind in enumerate(shown.kinds):
+        same = sets[kind][:, None] == sets[kind]
+        here = (shown.kind == number)[:, :, None]
+        assert (shown.match & here).any() and (shown.stale & here).any()
+        assert not (shown.match & here & ~same).any() and not (shown.stale & here & same).any()
+
+
+def test_lifetimes_that_do_not_fill_a_document_are_refused():
+    with pytest.raises(ValueError, match="numbers that sum to the 6 sentences"):
+        Lifetimes(lasting(6).grammar, {"verb": [2, 3], "object": [6]})
+    with pytest.raises(ValueError, match="ideal reader is known where one level"):
+        rows = held_out(crossed(), 2, 24)
+        reader_losses(crossed(), rows, torch.zeros(2, 24))
+
+
+# ---------------------------------------------------------------------- without a tree
+
+
+def test_without_a_tree_only_callers_are_looked_up():
+    corpus = Successors("some", words=32, choices=8, binding=0.9, length=32, callers=16)
+    shown = look_ups(corpus, 64, 64)
+    asks = shown.tokens < 16
+    asks[:, -1] = False
+    asks[:, 31] = False  # the last word of a document: the next one begins another
+    assert torch.equal(shown.kind >= 0, asks)
+    assert of_keys(shown.match, shown)["look-up"] == pytest.approx(1.0)
+    pays = pairs.gains(pairs.ideal_losses(shown.tokens, shown.match, 8, 0.9), asks, 8).mean()
+    assert float(pays) > 0.2
+    everyone = Successors("all", words=32, choices=8, binding=0.9, length=32)
+    called, free = (c.documents(range(9)).tokens for c in (everyone, corpus))
+    assert not torch.equal(called, free) and everyone.digest != corpus.digest
