@@ -49,14 +49,14 @@ def linked(text: str, own: str, names: dict) -> str:
 
     def numbers(match):
         return re.sub(
-            r"\b0[1-8]\b",
+            r"\b0[1-9]\b",
             lambda n: n[0] if n[0] == own else f"[{n[0]}]({names[n[0]]}.ipynb)",
             match[0],
         )
 
     pieces = re.split(r"(```.*?```|`[^`\n]*`|\$[^$\n]+\$)", text, flags=re.DOTALL)
     for at in range(0, len(pieces), 2):
-        pieces[at] = re.sub(r"\bnotebooks? (0[1-8])((, | and | to )0[1-8])*", numbers, pieces[at])
+        pieces[at] = re.sub(r"\bnotebooks? (0[1-9])((, | and | to )0[1-9])*", numbers, pieces[at])
         for said, key in CITED.items():
             pieces[at] = re.sub(said, f"{{cite:alp}}`{key}`", pieces[at])
             pieces[at] = re.sub(rf"{said[:-4]}\({said[-4:]}\)", f"{{cite:t}}`{key}`", pieces[at])

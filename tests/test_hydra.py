@@ -13,8 +13,8 @@ from latentree.evidence.figures import pick
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
 from latentree.measure.donors import Stimulus, draw_donors, stimulus, syntactic_states
-from latentree.measure.hydra import Ablations, given_back, measure, repairs
-from latentree.measure.released import as_released, measure_as_released
+from latentree.measure.hydra import Ablations, given_back, judged_half, measure, repairs
+from latentree.measure.released import as_released
 from latentree.measure.stimuli import bound_queries
 from latentree.train.model import build_model
 from speed import counted
@@ -213,6 +213,21 @@ def test_compensation_by_construction_is_read_as_what_it_is(later, share):
     for quantity in ("given back", "slope", "Theil-Sen"):
         assert told.loc[quantity, "value"] == pytest.approx(share, abs=0.05)
     assert told.loc["given back", "low"] > 0.2 if share else told.loc["given back", "high"] < 0.05
+
+
+def test_the_layer_is_chosen_on_one_half_and_judged_on_the_other():
+    """removed 1, given back .5 in layer 1 on the half that chooses, and .2 on the other."""
+    draw = np.random.default_rng(0)
+    terms = draw.normal(0, 0.05, (3, 80, 3))
+    terms[:2, :, 0] += 1
+    terms[1, ::2, 1] += 0.5
+    terms[1, 1::2, 1] += 0.2
+    found = judged_half(terms, least=0.3)
+    assert found.tolist() == terms[1, 1::2].tolist()
+    assert given_back(found[None])[0] == pytest.approx(0.2, abs=0.05)
+    assert judged_half(terms[2:], least=0.3) is None  # nothing is removed
+    terms[:, 1::2, 0] = draw.normal(0, 1, (3, 40))  # nothing is removed where it is judged
+    assert judged_half(terms, least=0.3) is None
 
 
 def test_given_back_asks_for_all_three_conditions():
@@ -435,9 +450,3 @@ def test_biases_make_something_out_of_nothing():
     model = random_model("gpt2")
     clean, ablated = as_released(model, tokens, 1)
     assert ablated[0, 1].abs().min() > 1e-3
-    table = measure_as_released(model, tokens, 1)
-    assert table[["m", "layer"]].values.tolist() == [[1, 1]]
-    row = table.iloc[0]
-    assert row.clean == pytest.approx(float(clean[1].mean()), abs=1e-5)
-    assert row.low < row.clean < row.high
-    assert row.ablated == pytest.approx(float(ablated[0, 1].mean()), abs=1e-5)

@@ -98,13 +98,15 @@ def judged_half(terms, least: float, choose=np.nanargmax):
     """`repair_terms` (sequence, 3) of one layer, chosen on every other sequence, on the rest.
 
     `choose` names the layer by its share given back, among those where more than `least` logits are
-    removed (lower end of the mean's 95 %). None if there is none.
+    removed (lower end of the mean's 95 %). None if there is none, or if on the rest nothing is
+    surely removed: a share of nothing says nothing.
     """
     half = terms[:, ::2]
     enough = np.array([t_interval(layer[:, 0])[1] > least for layer in half])
     if not enough.any():
         return None
-    return terms[choose(np.where(enough, given_back(half), np.nan)), 1::2]
+    rest = terms[choose(np.where(enough, given_back(half), np.nan)), 1::2]
+    return rest if t_interval(rest[:, 0])[1] > 0 else None
 
 
 def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:

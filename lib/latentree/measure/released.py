@@ -1,9 +1,7 @@
 """The release's Hydra effect, a logit lens without the final norm; the field's is in hydra.py."""
 
-import pandas as pd
 import torch
 
-from latentree.evidence.intervals import t_interval
 from latentree.inside.names import Internals, weight
 from latentree.inside.trace import run
 
@@ -31,14 +29,3 @@ def as_released(model, tokens, furthest: int = 2) -> tuple[torch.Tensor, torch.T
         for m in range(1, min(furthest, layers - 1 - block) + 1):
             ablated[m - 1, block + m] = found[block + m]
     return clean, ablated
-
-
-def measure_as_released(model, tokens, furthest: int = 2) -> pd.DataFrame:
-    """`as_released` as a table for sweep(): m, layer, clean (mean, 95 % low and high), ablated."""
-    clean, ablated = (logit.cpu().double() for logit in as_released(model, tokens, furthest))
-    rows = []
-    for m in range(1, furthest + 1):
-        for layer in range(m, len(clean)):
-            interval = t_interval(clean[layer])
-            rows.append((m, layer, *interval, float(ablated[m - 1, layer].mean())))
-    return pd.DataFrame(rows, columns=["m", "layer", "clean", "low", "high", "ablated"])
