@@ -18,10 +18,13 @@ PROMISED = {
     "02": {"latents-recovered", "reachable-share", "flat-stays-flat"},
     "03": {"lookup-present", "lookup-on-flat", "lookup-on-n-gram", "lookup-treeless"}
     | {"lookup-over-decoys", "lookup-key-path", "lookup-head-matters", "role-bag-present"},
-    "04": {"fv-on-bound", "fv-beyond-copying", "fv-specific-to-latent", "fv-says-its-words"}
-    | {"fv-not-on-bound-flat"},
+    "04": {"fv-copy", "fv-bias", "fv-banked-fresh", "fv-beyond-bias", "fv-not-on-flat"},
     "05": {"amplification"},
     "06": {"shallow-before-deep", "tree-beyond-last-roles", "filter-stops"},
+    "07": {"series-lookup"},
+    "08": {"function", "look-up", "window", "similarity", "positive-controls"},
+    "09": {"stale-at-equal-value", "treeless-at-equal-value", "composition-alone"}
+    | {"nothing-without-value"},
 }
 
 
