@@ -53,6 +53,19 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path):
     assert len(list(run.iterdir())) == 4
 
 
+def test_weights_that_the_config_does_not_say_are_refused_and_not_left_out(tmp_path):
+    file = make_run(tmp_path / "run") / "step-00000003" / WEIGHTS
+    weights = load_file(file)
+    first = {name: weights[name] for name in weights if ".layers.0." in name}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    save_file(weights | buffer, file, {"format": "pt"})
+    LocalSeries(tmp_path / "run").load(3)  # a buffer is computed
+    more = {name.replace(".0.", ".7."): weight.clone() for name, weight in first.items()}
+    save_file(weights | more, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"that its config does not say, model\.layers\.7"):
+        LocalSeries(tmp_path / "run").load(3)
+
+
 def test_missing_weights_are_refused_and_not_drawn_at_random(tmp_path):
     file = make_run(tmp_path / "run") / "step-00000003" / WEIGHTS
     weights = load_file(file)

@@ -213,8 +213,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(given.notebook, given.params, given.out)
         return 0
-    except Timeout:
-        status, problem = 2, f"another run is writing to {given.out}: wait for it or stop it"
+    except Timeout as error:  # a file system without locks leaves a file that names the holder
+        holder = Path(error.lock_file).read_text().split()
+        told = f" (process {', on '.join(holder[:2])})" if holder else ""
+        status, problem = (
+            2,
+            (
+                f"another run is writing to {given.out}{told}: wait for it or stop it; if there is none, "
+                f"remove {error.lock_file}"
+            ),
+        )
     except (ValueError, FileNotFoundError) as error:
         status, problem = 2, f"{given.params}: {error}"
     except (RuntimeError, OSError) as error:

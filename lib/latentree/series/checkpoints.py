@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 IDENTITY = "training.json"  # what was trained on what: in the run's folder and in each checkpoint
+_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # computed, not trained
 _PARTIAL = ".partial-"  # begins the name of a folder that is still being written
 
 logging.disable_progress_bar()  # transformers draws one for every small file
@@ -48,7 +49,8 @@ def read_identity(folder: Path) -> dict:
 def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     """The model in `folder`, ready to be measured; `options` go to from_pretrained.
 
-    ValueError if the folder lacks some of its weights: transformers would draw them at random.
+    ValueError if the folder lacks some of its weights, which transformers would draw at random, or
+    has others than its config says, which it would leave out.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
@@ -64,6 +66,11 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
         raise ValueError(
             f"{folder}: lacks the weights {missing[0]} (and {len(missing) - 1} more); "
             "remove this checkpoint, or choose another"
+        )
+    if others := sorted(k for k in report["unexpected_keys"] if not k.endswith(_BUFFERS)):
+        raise ValueError(
+            f"{folder}: has weights that its config does not say, {others[0]} (and "
+            f"{len(others) - 1} more); give the config that they were trained with"
         )
     return model.to(device).eval()
 
