@@ -13,7 +13,14 @@ from latentree.evidence.figures import pick
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
 from latentree.measure.donors import Stimulus, draw_donors, stimulus, syntactic_states
-from latentree.measure.hydra import Ablations, given_back, judged_half, measure, repairs
+from latentree.measure.hydra import (
+    Ablations,
+    given_back,
+    judged_half,
+    measure,
+    repair_terms,
+    repairs,
+)
 from latentree.measure.released import as_released
 from latentree.measure.stimuli import bound_queries
 from latentree.train.model import build_model
@@ -209,6 +216,10 @@ def test_compensation_by_construction_is_read_as_what_it_is(later, share):
     assert row.loc["slope", ["value", "low", "high"]].tolist() == pytest.approx(
         3 * [share], abs=1e-3
     )
+    if later == "mlp":  # it may be erasure: it is no repair by attention
+        assert given_back(repair_terms(model, shown, by="mlp")[:1])[0] == pytest.approx(1, abs=0.05)
+        assert abs(repair_terms(model, shown)[0, :, 1]).max() < 1e-3
+        return
     told = repairs(model, shown).set_index(["layer", "quantity"]).loc[0]
     for quantity in ("given back", "slope", "Theil-Sen"):
         assert told.loc[quantity, "value"] == pytest.approx(share, abs=0.05)

@@ -65,11 +65,13 @@ def slope(pairs) -> np.ndarray:
         return (x * y).sum(1) / (x * x).sum(1)
 
 
-def repair_terms(model, stimulus, among="vocabulary", draws=3) -> np.ndarray:
-    """What replacing each layer's attention removes, and what later parts give back.
+def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -> np.ndarray:
+    """What replacing each layer's attention removes, and what later attentions give back.
 
     (layer, sequence, 3) in logits: removed, compensation, and the compensation where as long a
-    random direction is taken away, the mean of `draws` of them.
+    random direction is taken away, the mean of `draws` of them. With `by` "mlp" it is what MLPs
+    give back: one that always takes half of what attention wrote would look like repair there
+    (erasure, McGrath et al. 2023), so that repair is asked of attentions.
     """
     runs, disturbed = Ablations(model, stimulus, among=among), []
     for draw in range(draws):
@@ -78,9 +80,9 @@ def repair_terms(model, stimulus, among="vocabulary", draws=3) -> np.ndarray:
     terms = []
     for layer in range(runs.inside.layers):
         found = runs.ablate("attention", layer)
-        others = [one.ablate("attention", layer).compensation for one in disturbed]
+        others = [getattr(one.ablate("attention", layer), by).sum(1) for one in disturbed]
         random = torch.stack(others).mean(0)
-        terms.append(torch.stack([found.removed, found.compensation, random], 1))
+        terms.append(torch.stack([found.removed, getattr(found, by).sum(1), random], 1))
     return torch.stack(terms).numpy()
 
 
@@ -98,11 +100,11 @@ def judged_half(terms, least: float, choose=np.nanargmax):
     """`repair_terms` (sequence, 3) of one layer, chosen on every other sequence, on the rest.
 
     `choose` names the layer by its share given back, among those where more than `least` logits are
-    removed (lower end of the mean's 95 %). None if there is none, or if on the rest nothing is
-    surely removed: a share of nothing says nothing.
+    removed (lower end of the mean's 95 %) and something comes later. None if there is none, or if
+    on the rest nothing is surely removed: a share of nothing says nothing.
     """
     half = terms[:, ::2]
-    enough = np.array([t_interval(layer[:, 0])[1] > least for layer in half])
+    enough = np.array([t_interval(one[:, 0])[1] > least and one[:, 1].any() for one in half])
     if not enough.any():
         return None
     rest = terms[choose(np.where(enough, given_back(half), np.nan)), 1::2]
