@@ -229,10 +229,10 @@ def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 
     """What is predicted after a fresh word in another latent's context, by what is changed there.
 
     Columns latent (the wanted one, whose truth counts), divergence (nats) and hit (the top word is
-    the right one) for each prompt and each change: `no change`; the `best bias`; and at the last
-    token all heads give the mean of the `wanted latent`, of `a third latent`, the `mean of all`
+    the right one) for each prompt and each change: `no change`; at the last token all heads give the mean of the `wanted latent`, of `a third latent`, the `mean of all`
     queries, or that `mean and noise` as long as the wanted latent's difference from it; or those of
-    `other layers` only than this one the wanted latent's.
+    `other layers` only than this one the wanted latent's; and the `best bias` on top of the mean of
+    all, for that takes away what the wrong context says, as the wanted latent's means do.
     """
     asked, z, means = wrong_contexts(model, contexts, length, seed)
     there, place = asked.latent.unique(return_inverse=True)
@@ -247,10 +247,10 @@ def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 
         "mean and noise": (every + noise, layers),
         "other layers": (means, [at for at in layers if at != layer]),
     }
-    clean = last_logits(model, asked.tokens)
-    predicted = {"no change": clean, "best bias": best_bias(clean, asked)}
+    predicted = {"no change": last_logits(model, asked.tokens)}
     for change, (written, changed) in given.items():
         predicted[change] = replaced_logits(model, asked.tokens, written, changed)
+    predicted["best bias"] = best_bias(predicted["mean of all"], asked)
     tables = []
     for change, logits in predicted.items():
         scores = {"divergence": divergence(logits, asked), "hit": accuracy(logits, asked)}

@@ -110,8 +110,9 @@ def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
 
 
 def _best(sums, counts):
-    """The head with the largest score over all these sequences."""
-    return (sums.sum(0) / counts.sum()).nan_to_num(-torch.inf).argmax()
+    """The head whose score has the highest lower end over these sequences: surely a good one."""
+    _, low, _ = ratio(sums, counts[:, None])
+    return low.nan_to_num(-torch.inf).argmax()
 
 
 def _run(model, stimulus: Stimulus, rows: int):
