@@ -139,7 +139,7 @@ def test_a_pool_holds_what_every_notebook_trains_and_no_model_twice():
         assert not set(found) & set(jobs)
         jobs |= found
     under = {str(folder.relative_to(out / "checkpoints")) for folder in jobs}
-    bound = ["seed-0", "seed-1", "seed-2", "layers-3-seed-0", "olmo-seed-0"]
+    bound = ["seed-0", "seed-1", "seed-2", "layers-3-seed-0", "attention-only-seed-0"]
     assert {f"bound/{name}" for name in bound} | {"released-ngram/seed-0"} <= under
     assert "released-ngram/seed-1" not in under  # trained once
     assert {
