@@ -23,7 +23,7 @@ PROMISED = {
     "06": {"shallow-before-deep", "tree-beyond-last-roles", "filter-stops"},
     "07": {"series-lookup"},
     "08": {"function", "look-up", "window", "similarity", "positive-controls"},
-    "09": {"stale-at-equal-value", "treeless-at-equal-value", "composition-alone"}
+    "09": {"emergence-follows-value", "treeless-at-equal-value", "composition-alone"}
     | {"nothing-without-value"},
 }
 
