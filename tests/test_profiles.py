@@ -37,7 +37,9 @@ def test_the_papers_profile_runs_through_the_notebooks(tmp_path):
         paper, smoke = parameters("paper", path.stem), parameters("smoke", path.stem)
         sizes = {n: v for n, v in smoke.items() if n in paper and isinstance(v, int)}
         values = paper | sizes | {name: value for name, value in SAME.items() if name in paper}
-        if path.stem[:2] in ("04", "05", "06"):
+        if "trees" in paper:
+            values["tree_tokens"] = [8192] * len(paper["trees"])
+        if path.stem[:2] in ("03", "04", "05", "06"):
             values["recipe"] = str(tmp_path / "02_training.yaml")
         file = tmp_path / f"{path.stem}.yaml"
         file.write_text(yaml.safe_dump(values))
