@@ -80,7 +80,9 @@ def page_of(path: Path, names: dict):
         if cell.cell_type == "code" and any(
             "image/png" in output.get("data", {}) for output in cell.outputs
         ):
-            described = Image.open(figures / f"{saved[-1]}.png").text["Description"]
+            described = "a figure that the next cell finishes"
+            if saved:
+                described = Image.open(figures / f"{saved[-1]}.png").text["Description"]
             cell.metadata["mystnb"] = {"image": {"alt": f"{section}: {described}"}}
         for output in cell.get("outputs", []):
             if "image/webp" in output.get("data", {}):
