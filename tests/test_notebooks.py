@@ -79,13 +79,13 @@ def test_results_are_measured_and_not_typed(smoke):
         claims |= {claim["id"]: claim for claim in json.loads(file.read_text())["claims"]}
     verdicts = {name: claim["verdict"] for name, claim in claims.items()}
     failing = "latents-recovered more-with-every-sentence lookup-present lookup-head-matters"
-    failing += " fv-own fv-banked-fresh fv-beyond-bias role-bag-present"
+    failing += " fv-own fv-banked-fresh fv-beyond-bias"
     failing += " legal-mass-saturates-early tree-beyond-last-roles window"
     assert {verdicts[name] for name in failing.split()} <= {"absent", "undecided", "contradicted"}
     # nothing formed, so an absence says nothing; and a stand-in says nothing of a real model
     untestable = [name for name in verdicts if name.startswith("real-")]
     untestable += ["repair", "repair-positive-control", "fv-not-on-flat"]
-    untestable += ["lookup-on-flat", "lookup-on-n-gram"]
+    untestable += ["lookup-on-flat", "lookup-on-n-gram", "role-bag-present"]
     assert {verdicts[name] for name in untestable} == {"not tested"}
     # what is exact holds at every size
     assert verdicts["released-ngram-has-little-to-learn"] == "as predicted"
