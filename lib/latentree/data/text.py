@@ -54,8 +54,8 @@ def load_text(
 ) -> Text:
     """The first documents of `source` with at least `shortest` tokens, cut off after `longest`.
 
-    `source` is a text file (documents between empty lines), a .jsonl file (field text), "python" for
-    English that every Python brings along, or a data set on the hub, streamed: "allenai/c4" or,
+    `source` is a text file (documents between empty lines), a .jsonl file (field text), "python"
+    for English that every Python brings along, or a data set on the hub, streamed: "allenai/c4" or,
     with its configuration, "allenai/c4:en".
     `vocabulary_size` is the model's, where it is larger than the tokenizer's (many are padded).
     Raises ValueError for a tokenizer without an end token, or less than 2 documents.

@@ -129,7 +129,7 @@ def widest(measure, *found: Curve) -> tuple:
 
 
 def _half_way(tokens, values, whole=None):
-    """Tokens (...,) after which values (..., checkpoint) are half-way to `whole`, or to the last."""
+    """Tokens (...,) after which values (..., checkpoint) are half-way to `whole` or the last."""
     x = np.log(np.maximum(tokens, 1.0))
     end = values[..., -1:] if whole is None else np.full_like(values[..., -1:], whole)
     over = values / np.where(end > 0, end, np.nan) - 0.5

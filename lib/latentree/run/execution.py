@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         status, problem = (
             2,
             (
-                f"another run is writing to {given.out}{told}: wait for it or stop it; if there is none, "
+                f"another run is writing to {given.out}{told}: wait for it or stop it; if none is, "
                 f"remove {error.lock_file}"
             ),
         )
