@@ -230,9 +230,10 @@ def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 
 
     Columns latent (the wanted one, whose truth counts), divergence (nats) and hit (the top word is
     the right one) for each prompt and each change: `no change`; at the last token all heads give
-    the mean of the `wanted latent`, of `a third latent`, the `mean of all` queries, or that `mean and noise` as long as the wanted latent's difference from it; or those of
-    `other layers` only than this one the wanted latent's; and the `best bias` on top of the mean of
-    all, for that takes away what the wrong context says, as the wanted latent's means do.
+    the mean of the `wanted latent`, of `a third latent`, the `mean of all` queries, or that `mean
+    and noise` as long as the wanted latent's difference from it; or those of `other layers` only
+    than this one the wanted latent's; and the `best bias` on top of the mean of all, for that takes
+    away what the wrong context says, as the wanted latent's means do.
     """
     asked, z, means = wrong_contexts(model, contexts, length, seed)
     there, place = asked.latent.unique(return_inverse=True)
