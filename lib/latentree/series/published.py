@@ -15,7 +15,8 @@ def packaged(package: str, cache) -> Path | None:
     """The folder of the model that an installed package ships as GGUF; None if it is not there.
 
     Such weights are quantised. They are written once to a folder in `cache`, as float32
-    safetensors, with the tokenizer beside them. The package `gguf` reads the file; `package` is not imported.
+    safetensors, with the tokenizer beside them. The package `gguf` reads the file; `package` is
+    not imported.
     """
     shipped = find_spec(package)
     if shipped is None or find_spec("gguf") is None:
