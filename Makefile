@@ -1,4 +1,4 @@
-# make run        executes the notebooks of a profile (PROFILE=laptop, or smoke) into outputs/PROFILE/
+# make run        executes the notebooks of a profile into outputs/PROFILE/: PROFILE=laptop, smoke (small), evening (long)
 # make real       installs the real language model of notebook 07 (93 MB); make run tries it, too
 # make test       runs all tests
 # make compare    tells which claims differ between two runs: make compare A=outputs/reading B=outputs/laptop
@@ -9,7 +9,7 @@
 # make bench      times the main steps on this machine, and what each part of the training recipe is worth
 # make cluster    submits a profile's notebooks to SLURM; ACCOUNT and PARTITION are options, or stand in cluster.mk
 # For who maintains it:
-# make reading    takes over outputs/laptop into the reading copy that git keeps; one notebook with NOTEBOOK=03
+# make reading    takes over outputs/evening into the reading copy that git keeps; one notebook with NOTEBOOK=03
 # make report     writes the table of the reading copy's claims into README.md
 PYTHON ?= python3
 PROFILE ?= laptop
@@ -68,7 +68,7 @@ cluster: .venv/.has-cluster
 		$(if $(ACCOUNT),account=$(ACCOUNT)) $(if $(PARTITION),partition=$(PARTITION))
 
 reading: .venv/.has-run
-	.venv/bin/python docs/reading.py copy outputs/laptop $(NOTEBOOK)
+	.venv/bin/python docs/reading.py copy outputs/evening $(NOTEBOOK)
 
 report: .venv/.has-run
 	.venv/bin/python docs/reading.py report

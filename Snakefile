@@ -33,7 +33,7 @@ PROFILE = config.get("profile", "laptop")
 if not Path(f"params/{PROFILE}").is_dir():
     sys.exit(f"error: profile = {PROFILE!r}: no folder params/{PROFILE}")
 OUT = f"outputs/{PROFILE}"
-GPUS = int(config.get("gpus", 0 if PROFILE in ("laptop", "smoke") else 1))  # for each job
+GPUS = int(config.get("gpus", 0 if PROFILE in ("smoke", "laptop", "evening") else 1))  # for each job
 CORES = workflow.cores or 2  # a cluster does not say how many it has
 SLURM = {f"slurm_{name}": config[name] for name in ("account", "partition") if name in config}
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}

@@ -1,4 +1,4 @@
-"""The reading copy: what git keeps of the laptop's run, and the table of its claims in README.md.
+"""The reading copy: what git keeps of the evening's run, and the table of its claims in README.md.
 
 python docs/reading.py copy FOLDER [NN]    takes it over from a run's folder, or one notebook of it
 python docs/reading.py report              writes the table into README.md, between two marked lines

@@ -19,6 +19,8 @@ SAME = {
     "device": "cpu",
     "compiled": False,
     "deep_layers": 3,
+    "deep_seeds": [0],
+    "deep_tokens": [8192] * 4,
     "furthest": 2,
     "shortest": 20,
     "context": 64,
