@@ -100,7 +100,9 @@ def _shown(claims: pd.DataFrame) -> pd.DataFrame:
         claim=claims["id"],
         notebook=claims["file"],
     )
-    columns = "notebook claim whose source definition statement corpus value null region seeds"
+    columns = (
+        "notebook claim whose source definition statement corpus paper value null region seeds"
+    )
     table = table.reindex(columns=[*columns.split(), "verdict"]).astype(object).fillna("")
     return table.replace({r"\|": r"\\|"}, regex=True)  # inside a table's cell
 

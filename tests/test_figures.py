@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from latentree.data.corpus import load_corpus
 from latentree.evidence import figures
+from latentree.evidence.claims import Claim
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -87,3 +88,23 @@ def test_small_pictures_keep_their_shades():
     before = np.asarray(Image.open(drawn).convert("RGB"), float)
     after = np.asarray(Image.open(BytesIO(small)).convert("RGB"), float)
     assert abs(before - after).mean() < 1.0
+
+
+def test_a_verdicts_interval_is_drawn_over_its_region():
+    about = {"source": "Figure 2", "statement": "s", "corpus": "c", "n": 3, "seeds": [0]}
+    claims = [
+        Claim("in", interval=(0.5, 0.4, 0.6), above=0.1, **about),
+        Claim("out", interval=(0.2, 0.0, 0.4), above=-0.1, below=0.1, **about),
+        Claim("none", interval=None, above=0.1, reason="no model", **about),
+    ]
+    ax = figures.verdicts(claims).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "out (undecided)",
+        "in (present)",
+    ]
+    region = ax.patches[0]
+    assert (region.get_x(), region.get_x() + region.get_width()) == pytest.approx((-0.1, 0.1))
+    assert ax.patches[1].get_x() == 0.1
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [dot.get_xdata()[0] for dot in dots] == [0.2, 0.5]
+    assert [dot.get_markerfacecolor() for dot in dots] == ["white", "black"]

@@ -20,7 +20,7 @@ class Claim:
     are given. `null` is what chance or the control gives; `n` counts the independent units
     that the interval is `over`; `source` is a figure, a theorem or a reference; `definition` says
     whether the field's score is meant or the release's; `whose` claim it is: the paper's, one about
-    a control, or ours.
+    a control, or ours; `paper` is the paper's own number, where it gives one.
     Raises ValueError for a claim without a region or without evidence.
     """
 
@@ -38,6 +38,7 @@ class Claim:
     definition: Literal["field", "as released"] = "field"
     whose: Literal["paper", "control", "ours"] = "paper"
     reason: str = ""
+    paper: str = ""
 
     def __post_init__(self):
         if self.interval is None:
@@ -97,6 +98,17 @@ def _plain(number) -> float | None:
 
 def claims_table(claims) -> pd.DataFrame:
     """The claims, one row each, as a notebook shows them at its end."""
-    columns = ["statement", "corpus", "value", "low", "high", "null", "above", "below", "n"]
+    columns = [
+        "statement",
+        "corpus",
+        "value",
+        "low",
+        "high",
+        "null",
+        "above",
+        "below",
+        "n",
+        "paper",
+    ]
     table = pd.DataFrame([claim.as_dict() for claim in claims]).set_index("id")
     return table[[*columns, "verdict"]]

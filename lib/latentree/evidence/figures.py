@@ -188,6 +188,31 @@ def heatmaps(
     return found.set_axis_labels("tokens (millions)" if columns == "tokens" else columns, index)
 
 
+def verdicts(claims):
+    """What a notebook found: a row for each claim, its interval over the region asked for.
+
+    `claims` as in claims.py, those without an interval left out. A dot is filled where the whole
+    interval lies in the region.
+    """
+    shown = [claim for claim in reversed(claims) if claim.interval]
+    figure, ax = plt.subplots(figsize=(7, 0.36 * len(shown) + 0.9))
+    values = [end for claim in shown for end in claim.interval]
+    edges = [edge for claim in shown for edge in (claim.above, claim.below) if edge is not None]
+    least, most = min([0, *values, *edges]), max([0, *values, *edges])
+    margin = 0.05 * (most - least)
+    for row, claim in enumerate(shown):
+        value, low, high = claim.interval
+        left = least - margin if claim.above is None else claim.above
+        right = most + margin if claim.below is None else claim.below
+        ax.barh(row, right - left, left=left, height=0.7, color="#CCE5DD")
+        ax.plot([low, high], [row, row], color="black", lw=1.5)
+        ax.plot(value, row, "o", color="black", mfc="black" if claim.holds else "white")
+    ax.axvline(0, color="#999999", lw=0.8)
+    ax.set_yticks(range(len(shown)), [f"{claim.id} ({claim.verdict})" for claim in shown])
+    ax.set(xlim=(least - margin, most + margin), title="green: where a whole interval must lie")
+    return figure
+
+
 def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
     """A FacetGrid with `draw` in every panel, its titles without the columns' names."""
     # Seaborn sets a layout of its own, which is replaced. (Not by mpl.rc_context: around the first
