@@ -122,7 +122,14 @@ def main() -> int:
     shutil.copytree(
         DOCS, source, ignore=shutil.ignore_patterns("build.py", "reading.py", "__pycache__")
     )
-    shutil.copy("README.md", source)
+    readme = Path("README.md").read_text(encoding="utf-8")
+    links = {
+        rf"{READING.as_posix()}/(\w+\.ipynb)": r"\1",
+        rf"{READING.as_posix()}/claims\.md": "results.md",
+    }
+    for link, page in links.items():
+        readme = re.sub(link, page, readme)
+    Path(source, "README.md").write_text(readme, encoding="utf-8")
     shutil.copytree(folder / "figures", source / folder / "figures")
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     names = {path.name[:2]: path.stem for path in paths}

@@ -1,7 +1,8 @@
-"""The reading copy: what git keeps of the evening's run, and the table of its claims in README.md.
+"""The reading copy: what git keeps of the evening's run, and the paper's scorecard in README.md.
 
 python docs/reading.py copy FOLDER [NN]    takes it over from a run's folder, or one notebook of it
-python docs/reading.py report              writes the table into README.md, between two marked lines
+python docs/reading.py report              writes the scorecard into README.md, between two marked
+                                           lines, and all claims into outputs/reading/claims.md
 """
 
 import json
@@ -11,12 +12,13 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import yaml
 from latentree.data.files import write_text
 from latentree.evidence.compare import claims_of
 from latentree.run.record import write_entry
 
 READING = Path("outputs/reading")
-BEGIN, END = "<!-- claims: written by make report -->", "<!-- end of claims -->"
+BEGIN, END = "<!-- scorecard: written by make report -->", "<!-- end of scorecard -->"
 
 
 def copy(run: Path, reading: Path, number: str = "") -> None:
@@ -72,17 +74,60 @@ def as_markdown(run: Path) -> str:
     counts["minutes"] = minutes.round(1)
     counts["peak memory (GB)"] = took["peak_memory_gb"].round(1)
     device = next(iter(record.values()))["device"]
-    shown = _shown(claims).to_markdown(index=False, disable_numparse=True)  # "01" is no number
-    shown = re.sub("-{4,}", "---", re.sub(" {2,}", " ", shown))  # short lines, for git
-    return "\n\n".join(
-        [
-            f"Run on {', '.join([device['cpu'], *device['gpus']])}; with 95 % intervals.",
-            counts.to_markdown(),
-            f"<details><summary>All {len(claims)} claims</summary>",
-            shown,
-            "</details>",
-        ]
-    )
+    shown = _narrow(_shown(claims).to_markdown(index=False, disable_numparse=True))  # "01"
+    machine = ", ".join([device["cpu"], *device["gpus"]])
+    return "\n\n".join([f"Run on {machine}; with 95 % intervals.", counts.to_markdown(), shown])
+
+
+def scorecard(run: Path) -> str:
+    """The paper figure by figure (docs/scorecard.yaml): what was measured, and a verdict in words."""
+    claims, rows = claims_of(run), []
+    names = {name[:2]: name for name in _record(run)}
+    for row in yaml.safe_load(Path(__file__).with_name("scorecard.yaml").read_text("utf-8")):
+        other = {name: row[name] for name in ("against", "explained") if name in row}
+        asked = claims.loc[[_key(name) for name in row["claims"]]]
+        told = {name: claims.loc[_key(claim), "verdict"] for name, claim in other.items()}
+        word = in_words(asked.verdict[asked.whose == "paper"], row.get("where", ""), **told)
+        named = [_in_short(name, claims) for name in [*row["claims"], *other.values()]]
+        picture = f'<img src="{run.as_posix()}/figures/{row["picture"]}.png" width="180" alt="">'
+        link = f"{run.as_posix()}/{names[row['picture'][:2]]}.ipynb"
+        shown = [row["figure"], row["says"], "<br>".join(named), f"**{word}**"]
+        rows.append([*shown, f"[{picture}]({link})"])
+    columns = ["in the paper", "it says", "measured here, with 95 %", "verdict", "see"]
+    return _narrow(pd.DataFrame(rows, columns=columns).to_markdown(index=False))
+
+
+def in_words(papers, where: str = "", against: str = "", explained: str = "") -> str:
+    """What the verdicts on the paper's claims of a row, and on two of ours, say together."""
+    tested = [verdict for verdict in papers if verdict != "not tested"]
+    held = [verdict in ("present", "as predicted") for verdict in tested]
+    if against == "as predicted":
+        return "contradicted"
+    if not tested:
+        return "not run"
+    if all(held):
+        less = ", but something simpler does as well" if explained == "as predicted" else ""
+        return f"holds {where}".strip() + less
+    if any(held):
+        return f"holds in part {where}".strip()
+    return "not found" if set(tested) <= {"absent", "contradicted"} else "undecided"
+
+
+def _narrow(table: str) -> str:
+    """A Markdown table without the spaces and dashes that only align it: short lines, for git."""
+    return re.sub("-{4,}", "---", re.sub(" {2,}", " ", table))
+
+
+def _key(name: str) -> tuple:
+    return tuple(name.split())
+
+
+def _in_short(name: str, claims: pd.DataFrame) -> str:
+    """A claim's id, value and interval, in a few words."""
+    claim, (_, id) = claims.loc[_key(name)], _key(name)
+    if pd.isna(claim.value):
+        return f"{id}: not tested"
+    return f"{id}: {claim.value:.2g} [{claim.low:.2g}, {claim.high:.2g}]"
 
 
 def _shown(claims: pd.DataFrame) -> pd.DataFrame:
@@ -119,8 +164,9 @@ def main(arguments: list[str]) -> int:
         else:
             readme = Path("README.md")
             before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-            table = f"{BEGIN}\n\n{as_markdown(READING)}\n\n{END}"
+            table = f"{BEGIN}\n\n{scorecard(READING)}\n\n{END}"
             write_text(readme, before + table + rest.split(END)[1])
+            write_text(READING / "claims.md", f"# All claims\n\n{as_markdown(READING)}\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

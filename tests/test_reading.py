@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import pytest
 from latentree.data.files import read_yaml
 from latentree.evidence.compare import claims_of
 from latentree.run.parameters import check, declared
-from reading import BEGIN, END, READING, as_markdown, copy
+from reading import BEGIN, END, READING, as_markdown, copy, in_words, scorecard
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 RECORD = json.loads((READING / "run.json").read_text())
@@ -60,15 +61,32 @@ def test_it_shows_what_the_project_promises():
         assert set(claims.loc[number].loc[sorted(ids), "verdict"]) <= {"present", "as predicted"}
 
 
-def test_the_readme_shows_the_claims_and_its_pictures_are_there():
+def test_the_readme_shows_the_scorecard_and_its_pictures_are_there():
     readme = Path("README.md").read_text()
     shown = readme.split(BEGIN)[1].split(END)[0].strip()
-    assert shown == as_markdown(READING), "stale: run make report"
-    claims = claims_of(READING).reset_index()
-    rows = re.findall(r"^\| (\d\d) \| ([\w-]+) \|.*\| ([\w ]+) \|$", shown, re.MULTILINE)
-    assert rows == list(claims[["file", "id", "verdict"]].itertuples(index=False, name=None))
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", readme)
-    assert pictures and all(Path(picture).is_file() for picture in pictures)
+    assert shown == scorecard(READING), "stale: run make report"
+    assert as_markdown(READING) in (READING / "claims.md").read_text(), "stale: run make report"
+    links = re.findall(r"\]\((.*?)\)|src=\"(.*?)\"", readme)
+    missing = [link for pair in links for link in pair if link and not Path(link).exists()]
+    assert links and not missing
+
+
+@pytest.mark.parametrize(
+    ("papers", "others", "word"),
+    [
+        (["present", "as predicted"], {}, "holds with binding"),
+        (["present", "not tested"], {}, "holds with binding"),
+        (["present"], {"against": "undecided"}, "holds with binding"),
+        (["present"], {"against": "as predicted"}, "contradicted"),
+        (["present"], {"explained": "as predicted"}, "but something simpler does as well"),
+        (["present", "undecided"], {}, "holds in part with binding"),
+        (["absent", "contradicted"], {}, "not found"),
+        (["absent", "undecided"], {}, "undecided"),
+        (["not tested"], {}, "not run"),
+    ],
+)
+def test_a_row_of_the_scorecard_says_what_its_verdicts_say_together(papers, others, word):
+    assert in_words(papers, "with binding", **others).endswith(word)
 
 
 def test_one_notebook_is_taken_over_and_nothing_else(tmp_path):
