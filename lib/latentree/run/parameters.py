@@ -15,7 +15,7 @@ _CHOICES = {
     "precision": Literal["float32", "bfloat16"],
     "spacing": Literal["even", "log"],
 }
-_MAY_BE_0 = {"seed", "seeds", "deep_seeds", "corpus_seed", "mlp_width", "tokens_per_step"}
+_MAY_BE_0 = {"mlp_width", "tokens_per_step"}
 _MAY_BE_EMPTY = {"state", "once"}
 
 
@@ -31,10 +31,11 @@ class Parameters(
             whole = [number for number in values if type(number) is int]
             if not values and name not in _MAY_BE_EMPTY:
                 raise ValueError(f"{name} = []: give at least one")
-            if name in ("seeds", "deep_seeds", "corpora") and len(set(values)) < len(values):
+            if name.endswith(("seeds", "corpora")) and len(set(values)) < len(values):
                 raise ValueError(f"{name} = {value}: give each only once")
-            if whole and min(whole) < (0 if name in _MAY_BE_0 else 1):
-                least = "0 or more" if name in _MAY_BE_0 else "greater than 0"
+            may_be_0 = name in _MAY_BE_0 or name.endswith(("seed", "seeds"))
+            if whole and min(whole) < (0 if may_be_0 else 1):
+                least = "0 or more" if may_be_0 else "greater than 0"
                 raise ValueError(f"{name} = {value}: must be {least}")
         return self
 
