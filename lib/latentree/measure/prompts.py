@@ -119,11 +119,15 @@ def fresh_words(contexts: Contexts, seed: int = 0, under=None) -> Prompts:
     They are drawn with `seed`; where all words of a role were shown, from all of them. With `under`
     (query,), numbers of queries, each is under that query's latent.
     """
+    corpus, generator, drawn = contexts.corpus, torch.Generator().manual_seed(seed), []
     later = torch.arange(contexts.tokens.shape[1]) > contexts.position[:, None]
-    shown = contexts.tokens[contexts.document].masked_fill(later, contexts.corpus.end)
-    unseen = torch.ones(len(shown), contexts.corpus.vocabulary_size).scatter(1, shown, 1e-9)
+    shown = contexts.tokens[contexts.document].masked_fill(later, corpus.end)
+    unseen = torch.ones(len(shown), corpus.vocabulary_size).scatter(1, shown, 1e-9)
+    for role in contexts.state:
+        words = torch.as_tensor(corpus.grammar.words[corpus.grammar.roles.index(role)])
+        drawn.append(words[torch.multinomial(unseen[:, words], 1, generator=generator)])
     document = contexts.document if under is None else contexts.document[under]
-    return _prompts(contexts, document, _draw_words(contexts, unseen, seed))
+    return _prompts(contexts, document, torch.cat(drawn, 1))
 
 
 def in_context(contexts: Contexts, prompts: Prompts, length: int) -> Prompts:
@@ -140,20 +144,6 @@ def in_context(contexts: Contexts, prompts: Prompts, length: int) -> Prompts:
     before = begin[:, None] - length + torch.arange(length)
     shown = contexts.tokens[contexts.document[:, None], before]
     return Prompts(torch.cat([shown, prompts.tokens[:, 1:]], 1), prompts.gold, prompts.latent)
-
-
-def _words(grammar: Grammar, role: str) -> torch.Tensor:
-    """The tokens of a role (words,)."""
-    return torch.as_tensor(grammar.words[grammar.roles.index(role)])
-
-
-def _draw_words(contexts: Contexts, weights, seed: int) -> torch.Tensor:
-    """A word for each role of the state (prompt, state), by weights (prompt, vocabulary)."""
-    generator, columns = torch.Generator().manual_seed(seed), []
-    for role in contexts.state:
-        words = _words(contexts.corpus.grammar, role)
-        columns.append(words[torch.multinomial(weights[:, words], 1, generator=generator)[:, 0]])
-    return torch.stack(columns, 1)
 
 
 def _prompts(contexts: Contexts, document, words) -> Prompts:
