@@ -17,9 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data.corpus import held_out
 from latentree.evidence.intervals import ratio
-from latentree.inside.attention import attention
-from latentree.measure.induction import choose_and_score
-from latentree.train.model import next_token_losses
+from latentree.measure.induction import attended, best_row, head_rows
 
 
 @dataclass
@@ -128,35 +126,26 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """
     masks = torch.stack([look_ups.match, look_ups.decoy, look_ups.bag], -1)
     masks = torch.cat([masks, masks.roll(1, 0)], -1)  # and those of another sequence
-    parts, losses = [], []
-    for first in range(0, len(look_ups.tokens), rows):
-        on, found = masks[first : first + rows].float(), []
 
-        def see(layer, probabilities):
-            found.append(torch.einsum("bhqk,bqkt->bqht", probabilities.float().cpu(), on).double())
+    def paid_to(part, probabilities):
+        on = masks[part].float()
+        return torch.einsum("bhqk,bqkt->bqth", probabilities.float().cpu(), on).double()
 
-        tokens = look_ups.tokens[first : first + rows].to(model.device)
-        with attention(model, see):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        parts.append(torch.cat(found, 2))
-        losses.append(next_token_losses(logits, tokens).double().cpu())
-    paid, keys = torch.cat(parts), masks.sum(2)
-    losses, heads = pad(torch.cat(losses), (0, 1)), model.config.num_attention_heads
+    paid, losses = attended(model, look_ups.tokens, paid_to, rows)
+    keys, heads = masks.sum(2), model.config.num_attention_heads
+    losses = pad(losses, (0, 1))
+    kinds = {kind: look_ups.kind == number for number, kind in enumerate(look_ups.kinds)}
+    if kinds:
+        kinds["all"] = look_ups.kind >= 0
     every = torch.ones_like(look_ups.kind, dtype=torch.bool)
-    tables = [
-        _scored("role bag", paid[..., 2::3], keys[..., 2::3], every, heads).assign(kind="all")
-    ]
-    for number, kind in [*enumerate(look_ups.kinds), (-1, "all")] if look_ups.kinds else []:
-        here = look_ups.kind == number if number >= 0 else look_ups.kind >= 0
-        found = [
-            _scored("look-up", paid[..., 0::3], keys[..., 0::3], here, heads),
-            _decoys(paid, keys, here, heads),
-            _losses(losses, look_ups, here),
-        ]
-        tables.append(pd.concat(found).assign(kind=kind))
-    table = pd.concat(tables, ignore_index=True)
+    tables = [_scored("role bag", paid[:, :, 2::3], keys[..., 2::3], every, heads)]
+    tables[0]["kind"] = "all"
+    for kind, here in kinds.items():
+        look_up = _scored("look-up", paid[:, :, 0::3], keys[..., 0::3], here, heads)
+        of_kind = look_up, _decoys(paid, keys, here, heads), _losses(losses, look_ups, here)
+        tables += [table.assign(kind=kind) for table in of_kind]
     first = ["kind", "score", "variant", "layer", "head", "value", "low", "high"]
-    return table[[*first, "null", "queries"]]
+    return pd.concat(tables, ignore_index=True)[[*first, "null", "queries"]]
 
 
 def of_keys(keys, look_ups: LookUps) -> dict:
@@ -165,76 +154,69 @@ def of_keys(keys, look_ups: LookUps) -> dict:
     look-up, decoys (over matches, per key), role bag, and role bag elsewhere: on the role bags of
     another sequence. NaN for the decoys of a head that never attends to a match.
     """
-    keys = keys.expand_as(look_ups.match)
-    pattern = keys.double() / keys.sum(2, keepdim=True).clamp(min=1)
     match, decoy, bag = look_ups.match, look_ups.decoy, look_ups.bag
-
-    def paid(targets, queries):
-        each = (pattern * targets).sum(2) / targets.sum(2).clamp(min=1)
-        return each[queries].mean(), (pattern * targets).sum(2)[queries].mean()
-
-    both, other = match.any(2) & decoy.any(2), bag.roll(1, 0)
-    to_decoy, to_match = paid(decoy, both)[0], paid(match, both)[0]
-    scores = {"look-up": paid(match, match.any(2))[1], "decoys": to_decoy / to_match}
-    scores["role bag"] = paid(bag, bag.any(2))[1]
-    scores["role bag elsewhere"] = paid(other, other.any(2))[1]
+    pattern, both = _evenly(keys.expand_as(match)), match.any(2) & decoy.any(2)
+    to_match, to_decoy = (
+        ((pattern * targets).sum(2) / targets.sum(2).clamp(min=1))[both].mean()
+        for targets in (match, decoy)
+    )
+    scores = {"look-up": _paid(pattern, match), "decoys": to_decoy / to_match}
+    scores |= {
+        "role bag": _paid(pattern, bag),
+        "role bag elsewhere": _paid(pattern, bag.roll(1, 0)),
+    }
     return {name: float(score) for name, score in scores.items()}
 
 
 def perfect(look_ups: LookUps) -> dict:
     """What a perfect head has beyond another sequence's targets, {score: share}, for each score."""
-    reach = {}
-    for score, targets in (("look-up", look_ups.match), ("role bag", look_ups.bag)):
-        if targets.any():
-            pattern = targets.double() / targets.sum(2, keepdim=True).clamp(min=1)
-            other = targets.roll(1, 0)
-            reach[score] = 1 - float((pattern * other).sum(2)[other.any(2)].mean())
-    return reach
+    targets = {"look-up": look_ups.match, "role bag": look_ups.bag}
+    reach = {score: 1 - float(_paid(_evenly(on), on.roll(1, 0))) for score, on in targets.items()}
+    return {score: share for score, share in reach.items() if targets[score].any()}
+
+
+def _evenly(keys):
+    """Even attention (sequence, query, key) to some keys."""
+    return keys.double() / keys.sum(2, keepdim=True).clamp(min=1)
+
+
+def _paid(pattern, targets):
+    """Mean attention to targets over the queries that have some."""
+    return (pattern * targets).sum(2)[targets.any(2)].mean()
 
 
 def _scored(score, paid, keys, here, heads) -> pd.DataFrame:
-    """Rows of one score: paid (sequence, query, head, own or another's), keys without heads."""
+    """Rows of one score: paid (sequence, query, own or another's, head), keys without heads."""
     here = torch.stack([here, here.roll(1, 0)], -1) & (keys > 0)
-    sums, counts = (paid * here[:, :, None]).sum(1), here.sum(1)
-    each = torch.stack(ratio(sums[..., 0], counts[:, :1]))
-    elsewhere = sums[..., 1].sum(0) / counts[:, 1].sum()
+    sums, counts = (paid * here[..., None]).sum(1), here.sum(1)
+    own, count = sums[:, 0], counts[:, 0]
     even = keys[..., 0] / torch.arange(1, keys.shape[1] + 1)
-    null = elsewhere.clamp(min=float(even[here[..., 0]].mean()))
-    found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
-    *interval, _ = choose_and_score(sums[..., 0], counts[:, 0])
-    found.append(_row("best", int(each[0].argmax()), interval, heads))
-    nulls = [*null.tolist(), float(null[each[0].argmax()])]
-    return pd.DataFrame(found).assign(score=score, null=nulls, queries=int(counts[:, 0].sum()))
+    null = (sums[:, 1].sum(0) / counts[:, 1].sum()).clamp(min=float(even[here[..., 0]].mean()))
+    each = torch.stack(ratio(own, count[:, None]))
+    table = head_rows(each, heads, score=score, null=null.numpy(), queries=int(count.sum()))
+    return pd.concat([table, best_row(table, int(each[0].argmax()), own, count)])
 
 
 def _decoys(paid, keys, here, heads) -> pd.DataFrame:
     """Rows of decoys over matches, per key."""
     both = here & (keys[..., :2] > 0).all(-1)
-    per_key = paid[..., :2] / keys[:, :, None, :2].clamp(min=1)
-    match, decoy = (per_key * both[..., None, None]).sum(1).unbind(-1)
-    each = torch.stack(ratio(decoy, match))
-    found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
-    return pd.DataFrame(found).assign(score="decoys", null=1.0, queries=int(both.sum()))
+    per_key = paid[:, :, :2] / keys[..., :2, None].clamp(min=1)
+    match, decoy = (per_key * both[..., None, None]).sum(1).unbind(1)
+    about = {"score": "decoys", "null": 1.0, "queries": int(both.sum())}
+    return head_rows(torch.stack(ratio(decoy, match)), heads, **about)
 
 
 def _losses(losses, look_ups, here) -> pd.DataFrame:
     """Rows of the loss where the answer stands, where there is a match, and where there is none."""
     matched = look_ups.match.any(2)
     cases = {"stands": look_ups.stands, "matched": matched, "unmatched": ~matched}
-    found = []
+    rows = []
     for name, where in cases.items():
         where = here & where
         interval = ratio((losses * where).sum(1), where.sum(1))
-        found.append(_row(name, -1, interval, 1) | {"queries": int(where.sum())})
-    return pd.DataFrame(found).assign(score="loss", null=float("nan"))
-
-
-def _row(variant, head, interval, heads) -> dict:
-    """A row of the table; heads are numbered through all layers, -1 is none."""
-    layer, head = divmod(head, heads) if head >= 0 else (-1, -1)
-    value, low, high = (float(number) for number in interval)
-    place = {"variant": variant, "layer": layer, "head": head}
-    return place | {"value": value, "low": low, "high": high}
+        rows.append([name, *map(float, interval), int(where.sum())])
+    table = pd.DataFrame(rows, columns=["variant", "value", "low", "high", "queries"])
+    return table.assign(score="loss", layer=-1, head=-1, null=float("nan"))
 
 
 def _pairs(documents, grammar, callers=None) -> dict:

@@ -19,9 +19,8 @@ from latentree.train.model import log_probabilities
 
 def ladder(process: FilteredTree, leaves: torch.Tensor) -> dict:
     """{rung: law (sequence, leaf, symbol)} of the next symbol: "nothing", "filter 4", ... to 0."""
-    laws = {
-        f"filter {k}": next_symbol_laws(process, leaves, k) for k in range(process.depth, -1, -1)
-    }
+    filters = range(process.depth, -1, -1)
+    laws = {f"filter {k}": next_symbol_laws(process, leaves, k) for k in filters}
     return {"nothing": torch.full_like(laws["filter 0"], 1 / process.symbols)} | laws
 
 
