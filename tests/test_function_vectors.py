@@ -17,11 +17,11 @@ from latentree.measure.function_vectors import BEST, DIFFERENCE, FRESH, SAME
 from latentree.measure.prompts import (
     Contexts,
     Prompts,
+    _sharing,
     contexts,
     fresh_words,
     in_context,
     same_words,
-    sharing,
 )
 from latentree.train.model import build_model
 from test_inside import random_model
@@ -288,7 +288,7 @@ def test_states_are_what_attention_writes_at_the_queries(architecture):
     with torch.no_grad():
         logits = model(input_ids=TOKENS).logits
     asked = Contexts(None, [], TOKENS, row, row, position, None)
-    z, predicted = fv.states(model, asked)
+    z, predicted = fv._states(model, asked)
     torch.testing.assert_close(predicted, logits[row, position], atol=1e-5, rtol=0)
     written = fv.attention_outputs(model, z)
     for layer in range(2):
@@ -296,7 +296,7 @@ def test_states_are_what_attention_writes_at_the_queries(architecture):
         whole = written[layer] if bias is None else written[layer] + bias
         torch.testing.assert_close(whole, seen[layer][row, position], atol=1e-5, rtol=0)
     for rows in (1, 3):
-        again = fv.states(model, asked, rows)
+        again = fv._states(model, asked, rows)
         torch.testing.assert_close(again, (z, predicted), atol=1e-5, rtol=0)
 
 
@@ -385,7 +385,7 @@ def test_layerwise_is_what_the_frequencies_predict(model, taken, seen):
 
 
 def test_vectors_are_the_frequencies_that_the_contexts_show(model, taken, seen):
-    z, logits = fv.states(model, taken)
+    z, logits = fv._states(model, taken)
     torch.testing.assert_close(logits.double(), SCALE * seen, atol=1e-5, rtol=0)
     written = fv.attention_outputs(model, z).double()
     torch.testing.assert_close(written[0][:, NEXT], seen, atol=1e-6, rtol=0)
@@ -398,7 +398,7 @@ def test_vectors_are_the_frequencies_that_the_contexts_show(model, taken, seen):
 def test_only_the_head_that_reads_has_an_effect(model, taken):
     """And what replaces its output is the mean of the latent's queries at other words."""
     prompt = in_context(taken, fresh_words(taken, under=fv._of_next_latent(taken)), 5)
-    z = fv.states(model, taken)[0]
+    z = fv._states(model, taken)[0]
     means = fv.mean_heads(z, taken, prompt)
     word = taken.tokens[taken.document, taken.position]
     for number in (0, 7, len(word) - 1):
@@ -496,7 +496,7 @@ def test_a_model_that_does_nothing_has_no_vector(taken):
 
 
 def test_an_untrained_model_carries_nothing():
-    process = sharing(RELEASED, 2)
+    process = _sharing(RELEASED, 2)
     sizes = {"layers": 2, "width": 32, "heads": 4, "context": 64}
     untrained = build_model("llama", process.vocabulary_size, **sizes).eval()
     taken = contexts(process, ["subject"], 16, 2, 64, shortest=20)

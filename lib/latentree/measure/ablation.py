@@ -26,11 +26,10 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
     - mean: a head's mix of values z is replaced by its mean over all sequences and positions.
     - resample: by its z for another sequence at the same position, drawn with `seed`; no sequence
       keeps its own.
-    - pattern: as mean, while all heads of later layers keep the attention of the clean run (Olsson
-      et al. 2022, pattern-preserving ablation): the loss changes by what the heads move, not by
-      where others then look.
+    - pattern: as mean, while all heads keep the attention of the clean run (Olsson et al. 2022,
+      pattern-preserving ablation): what the heads move counts, not where others then look.
 
-    Raises ValueError for another way, or a single sequence to resample.
+    ValueError for another way, or a single sequence to resample.
     """
     if how not in _WAYS:
         raise ValueError(f"how = {how!r}: is no way to ablate; use one of {', '.join(_WAYS)}")

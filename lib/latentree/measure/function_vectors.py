@@ -43,7 +43,7 @@ def _surprise(logits, prompts: Prompts) -> torch.Tensor:
 # ------------------------------------------------------------------ vectors taken and added
 
 
-def states(model, contexts: Contexts, rows: int = 64):
+def _states(model, contexts: Contexts, rows: int = 64):
     """Head outputs z (layer, query, head, head_dim) and logits (query, vocabulary) at queries.
 
     `rows` contexts run at a time.
@@ -130,7 +130,7 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
     distances themselves; `best layer` is own - another of the layer that one half of the latents
     chose, on the other half, both ways.
     """
-    z, in_context = states(model, contexts, rows)
+    z, in_context = _states(model, contexts, rows)
     own = attention_outputs(model, z)
     another = own[:, _of_next_latent(contexts, seed)]
     sets = {"own": own, "another": another, "random": _random_like(own, seed)}
@@ -212,7 +212,7 @@ def wrong_contexts(model, contexts: Contexts, length: int, seed: int = 0):
     """
     under = _of_next_latent(contexts, seed)
     prompts = in_context(contexts, fresh_words(contexts, seed, under), length)
-    z, _ = states(model, contexts)
+    z, _ = _states(model, contexts)
     return prompts, z, mean_heads(z, contexts, prompts)
 
 
@@ -256,7 +256,7 @@ def steering(model, contexts: Contexts, layer: int, scales, seed: int = 0) -> pd
     mean of all queries. Columns scale, way (added to that attention's output, `through the model`,
     or after the last layer, `directly` to the logits) and value.
     """
-    asked, (z, _) = fresh_words(contexts, seed), states(model, contexts)
+    asked, (z, _) = fresh_words(contexts, seed), _states(model, contexts)
     written = attention_outputs(model, mean_heads(z, contexts, asked))[layer]
     vector = written - attention_outputs(model, z)[layer].mean(0)
     before = divergence(last_logits(model, asked.tokens), asked).mean()
@@ -286,8 +286,7 @@ def head_effects(model, means, prompts: Prompts) -> torch.Tensor:
 def readable(vectors, contexts: Contexts) -> float:
     """How often the nearest mean of a latent's vectors is the right one's; vectors (query, width).
 
-    Means are over every other document, and name the latents of the rest. Chance is one over the
-    number of latents.
+    Means are over every other document, and name the latents of the rest. Chance: 1 / latents.
     """
     learns, latent = contexts.document % 2 == 0, contexts.query_latent
     there = latent[learns].unique()

@@ -28,9 +28,8 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     the largest over heads of the release's score, order is its k. `model`: loss (nats a token),
     in-context gain, second-copy gain (nats; layer and head are -1).
 
-    Two nulls: chance is uniform attention's score, and elsewhere what the same head pays to the
-    targets of another sequence, which its positions alone can explain (not a number where all
-    sequences have the same targets).
+    Two nulls: chance is uniform attention's score, and elsewhere what the same head pays to another
+    sequence's targets, which positions alone explain (NaN where all sequences have the same ones).
     """
     tables = []
     for name, stimulus in stimuli.items():
@@ -92,14 +91,14 @@ def attention_sums(probabilities, targets: Targets) -> torch.Tensor:
     return sums.index_add(0, sequence * scores + score, paid).unflatten(0, (batch, scores))
 
 
-def chance(targets: Targets) -> torch.Tensor:
+def _chance(targets: Targets) -> torch.Tensor:
     """Each score (score,) of a head that attends uniformly to all it can see."""
     _, query, _, score = targets.entries
     sums = torch.zeros(len(targets.names), dtype=torch.float64)
     return sums.index_add(0, score, 1 / (query + 1).double()) / targets.queries.sum(0)
 
 
-def in_context_gain(losses, stimulus: Stimulus):
+def _in_context_gain(losses, stimulus: Stimulus):
     """How much less a repeated pair costs than its first occurrence: sums and counts (sequence,).
 
     `losses` (sequence, position - 1), nats. The gain, log p(x_q+1) at each later occurrence of
@@ -117,8 +116,7 @@ def choose_and_score(sums, counts):
 
     `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all
     sequences, and the heads (2,) chosen by the odd and the even ones. The maximum over heads does
-    not bias the value, for no sequence chooses the head that it scores; the interval takes the
-    choice as given.
+    not bias the value: no sequence chooses its head. The interval takes the choice as given.
     """
     half = torch.arange(len(sums), device=sums.device) % 2
     odd, even = half == 1, half == 0
@@ -159,7 +157,7 @@ def _score_rows(sums, targets: Targets, heads: int) -> pd.DataFrame:
     for number, (score, order) in enumerate(targets.names):
         one, count = own[:, number], counts[:, number]
         elsewhere = np.nan if score in _SAME_FOR_ALL else null[number].numpy()
-        nulls = {"chance": float(chance(targets)[number]), "elsewhere": elsewhere}
+        nulls = {"chance": float(_chance(targets)[number]), "elsewhere": elsewhere}
         about = {"score": score, "order": order, "queries": int(count.sum()), **nulls}
         table = head_rows(torch.stack(ratio(one, count[:, None])), heads, **about)
         best = int(_best(one, count))
@@ -174,7 +172,7 @@ def _model_rows(losses, stimulus: Stimulus) -> pd.DataFrame:
     """The rows of the whole model's behaviour, from losses (sequence, position - 1)."""
     every, period = torch.ones_like(losses, dtype=torch.int64), stimulus.period
     parts = {"loss": (losses.sum(1), every.sum(1))}
-    parts["in-context gain"] = in_context_gain(losses, stimulus)
+    parts["in-context gain"] = _in_context_gain(losses, stimulus)
     if period:
         gain = losses[:, : period - 1] - losses[:, period : 2 * period - 1]
         parts["second-copy gain"] = gain.sum(1), every[:, : period - 1].sum(1)

@@ -47,10 +47,9 @@ def legal_mass(log_p: torch.Tensor, state: torch.Tensor, legal: torch.Tensor) ->
 def masses(model, grammar: Grammar, tokens: torch.Tensor, states: tuple) -> pd.DataFrame:
     """What a model gives to roles after tokens: DataFrame (quantity, name, sequence, sum, count).
 
-    quantity "legal": `legal_mass` by the names of `states`, the grammar's `next_roles` of the
-    tokens, and of all places ("all"). quantity "role", the released curves: the probability of the
-    words of one role after those of another, for pairs that can follow each other ("subject >
-    verb").
+    quantity "legal": `legal_mass` by the names of `states` (`next_roles` of the tokens), and of all
+    places ("all"). quantity "role", the released curves: the probability of one role's words after
+    another's, for pairs that can follow each other ("subject > verb").
     """
     log_p, (state, names, legal) = log_probabilities(model, tokens), states
     mass = legal_mass(log_p, state, legal)

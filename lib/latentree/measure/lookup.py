@@ -9,6 +9,7 @@ head needs that counts how frequent each word is.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -56,10 +57,8 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
     each word and the one before are a pair, and all words are of one role.
     """
     grammar = corpus.grammar or grammar
-    callers = corpus.callers
-    rows = held_out(
-        corpus, sequences, context, annotate=lambda text: _pairs(text, grammar, callers)
-    )
+    annotate = partial(_pairs, grammar=grammar, callers=corpus.callers)
+    rows = held_out(corpus, sequences, context, annotate=annotate)
     tokens, role, document = rows["tokens"], rows["role"], rows["document"]
     alive = rows.get("alive", document)  # whose latents: a role's own, or the document's
     place, names, kind = torch.arange(context), [], torch.full_like(tokens, -1)
@@ -75,12 +74,12 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
         other = place + rows[field]  # where the other one of the pair stands
         paired = (other != place) & (other >= 0) & (other < context)
         word = tokens.gather(1, other.clamp(0, context - 1))
-        asked = paired & (other < place)
-        for path in _paths(role, place - other, asked):
-            here = asked & (place - other == len(path) - 1)
-            for distance, number in enumerate(reversed(path)):
-                here &= role.roll(distance, 1) == number
-            kind[:, :-1][here[:, 1:]] = len(names)
+        asked, queries = paired & (other < place), {}
+        for sequence, last in asked.nonzero().tolist():
+            path = role[sequence, int(other[sequence, last]) : last + 1]  # from one to the other
+            queries.setdefault(tuple(path.tolist()), []).append((sequence, last - 1))
+        for path in sorted(queries):
+            kind[tuple(torch.tensor(queries[path]).T)] = len(names)
             names.append(_told(grammar, path))
         seen = paired[:, None] & (other[:, None] <= place[:, None])  # both words of the key's pair
         keys = of_role & seen & asked.roll(-1, 1)[:, :, None]
@@ -89,15 +88,6 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
         stale |= keys & ~fresh & same(word)
     stands = (match & same(tokens)).any(2)
     return LookUps(tokens, names, kind, match, decoy, stale, bag, stands, document)
-
-
-def _paths(role, distance, asked) -> list:
-    """The roles from the first of a pair to the other, for every way in which pairs lie here."""
-    found = set()
-    for sequence, last in asked.nonzero().tolist():
-        first = last - int(distance[sequence, last])
-        found.add(tuple(role[sequence, first : last + 1].tolist()))
-    return sorted(found)
 
 
 def _told(grammar, path) -> str:
@@ -111,13 +101,11 @@ def _told(grammar, path) -> str:
 def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """Every head's look-up and role bag, and the losses, for each kind and for `all`.
 
-    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null and
-    queries.
+    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null, queries.
 
     - look-up, role bag: attention on the targets, over queries that have some; variants `head`,
-      and `best`: of the best head, chosen on one half of the sequences and scored on the other,
-      both ways. The null is the larger of two: a head that attends evenly, and what the same head
-      pays to the targets of another sequence, which its places alone explain.
+      and `best`, by `choose_and_score`. The null is the larger of two: a head that attends evenly,
+      and what the same head pays to another sequence's targets, which its places alone explain.
     - decoys: what a head pays to a decoy over what it pays to a match, per key, over queries that
       have both: 1 is a head that cannot tell them apart.
     - loss, nats: variants `stands` (the next word is among the matches), `matched`, `unmatched`.
@@ -156,15 +144,13 @@ def of_keys(keys, look_ups: LookUps) -> dict:
     """
     match, decoy, bag = look_ups.match, look_ups.decoy, look_ups.bag
     pattern, both = _evenly(keys.expand_as(match)), match.any(2) & decoy.any(2)
-    to_match, to_decoy = (
-        ((pattern * targets).sum(2) / targets.sum(2).clamp(min=1))[both].mean()
-        for targets in (match, decoy)
-    )
-    scores = {"look-up": _paid(pattern, match), "decoys": to_decoy / to_match}
-    scores |= {
-        "role bag": _paid(pattern, bag),
-        "role bag elsewhere": _paid(pattern, bag.roll(1, 0)),
-    }
+
+    def per_key(targets):
+        return ((pattern * targets).sum(2) / targets.sum(2).clamp(min=1))[both].mean()
+
+    scores = {"look-up": _paid(pattern, match), "decoys": per_key(decoy) / per_key(match)}
+    scores["role bag"] = _paid(pattern, bag)
+    scores["role bag elsewhere"] = _paid(pattern, bag.roll(1, 0))
     return {name: float(score) for name, score in scores.items()}
 
 
@@ -230,16 +216,16 @@ def _pairs(documents, grammar, callers=None) -> dict:
         if callers is not None:
             called &= tokens.roll(1) < callers
         return {"role": torch.zeros_like(tokens), "pair0": -called.long()}
-    role = torch.as_tensor(grammar.role_of)[tokens]
-    fields, number = {"role": role}, {name: r for r, name in enumerate(grammar.roles)}
+    role, number = torch.as_tensor(grammar.role_of)[tokens], list(grammar.roles).index
+    fields = {"role": role}
     for at, (child, parent) in enumerate(grammar.file.habits.items()):
         if documents.shapes:
             offsets = pad_sequence([_offsets(shape, child) for shape in documents.shapes], True)
             fields[f"pair{at}"] = offsets[token["shape"], token["place"]]
-            continue
-        fits = (role == number[child]) & (role.roll(1) == number[parent])
-        fits &= token["position"] > 0
-        fields[f"pair{at}"] = fits.roll(-1).long() - fits.long()
+        else:
+            fits = (role == number(child)) & (role.roll(1) == number(parent))
+            fits &= token["position"] > 0
+            fields[f"pair{at}"] = fits.roll(-1).long() - fits.long()
     return fields if grammar.file.binding else {"role": role}
 
 

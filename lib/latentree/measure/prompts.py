@@ -68,7 +68,7 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
         latent, order = token["latent"][token["position"] == 0].sort(stable=True)
         number = number[order]
     elif corpus.grammar:
-        corpus, latent = sharing(corpus, repetitions), latent // repetitions
+        corpus, latent = _sharing(corpus, repetitions), latent // repetitions
     elif state:
         raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
     documents = corpus.documents(number)
@@ -83,25 +83,23 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
     else:
         query &= (position % _EVERY == 0) & (position < length - 1)
     if not query.any():
-        raise ValueError(
-            f"state = {state}: is nowhere between tokens {shortest} and {length} of documents of "
-            f"{corpus.name}; give another state or longer contexts"
-        )
+        where = f"between tokens {shortest} and {length} of documents of {corpus.name}"
+        raise ValueError(f"state = {state}: is nowhere {where}; give another or longer contexts")
     texts = documents.tokens.split(sizes.tolist())
     tokens = pad_sequence(texts, batch_first=True, padding_value=corpus.end)[:, :length]
     return Contexts(corpus, state, tokens, latent, row[query], position[query], documents)
 
 
-def sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
+def _sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
     """The same corpus with so many documents for each latent.
 
     ValueError if latents change within a document.
     """
     file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
+        mend = "give a grammar that redraws for whole documents, so that each has one latent"
         raise ValueError(
-            f"{corpus.name}: redraws latents within documents, {file['redraw']}; give a grammar "
-            "that redraws for whole documents, so that each has one latent"
+            f"{corpus.name}: redraws latents within documents, {file['redraw']}; {mend}"
         )
     return GrammarProcess(Grammar(file), corpus.seed)
 
@@ -137,10 +135,8 @@ def in_context(contexts: Contexts, prompts: Prompts, length: int) -> Prompts:
     """
     begin = contexts.position - len(contexts.state) + 1
     if begin.min() < length:
-        raise ValueError(
-            f"length = {length}: a query has {int(begin.min())} tokens before its sentence; give "
-            "at most these"
-        )
+        has = f"a query has {int(begin.min())} tokens before its sentence"
+        raise ValueError(f"length = {length}: {has}; give at most these")
     before = begin[:, None] - length + torch.arange(length)
     shown = contexts.tokens[contexts.document[:, None], before]
     return Prompts(torch.cat([shown, prompts.tokens[:, 1:]], 1), prompts.gold, prompts.latent)

@@ -29,8 +29,7 @@ def predictions(model, book: Codebook, cue, answer, change=None) -> torch.Tensor
 def forgetting(predict, cue, answer, windows) -> torch.Tensor:
     """Excess loss in nats (window, sequence) at the last answer, of who gets the last segments.
 
-    `windows` are numbers of earlier segments. The text begins with them, as every sequence begins
-    somewhere: nothing is masked.
+    `windows` are numbers of earlier segments. The text begins with them; nothing is masked.
     """
     whole = losses(predict(cue, answer), answer)[:, -1]
     found = []
@@ -149,8 +148,7 @@ def transfers(predict, book: Codebook) -> torch.Tensor:
 def alike(found, expected, draws: int = 999, seed: int = 0) -> tuple[float, float]:
     """Correlation of two square tables off their diagonals, and its p by permutation.
 
-    Rows and columns of one are permuted together (Mantel 1967). A table without spread has
-    correlation 0.
+    Rows and columns of one are permuted together (Mantel 1967). 0 for a table without spread.
     """
     found, expected = np.asarray(found), np.asarray(expected)
     off, draw = ~np.eye(len(found), dtype=bool), np.random.default_rng(seed)
