@@ -101,7 +101,7 @@ def _told(grammar, path) -> str:
 def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """Every head's look-up and role bag, and the losses, for each kind and for `all`.
 
-    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null, queries.
+    Columns kind, score, variant, layer, head, value, low, high (95 %, sequences), null and queries.
 
     - look-up, role bag: attention on the targets, over queries that have some; variants `head`,
       and `best`, by `choose_and_score`. The null is the larger of two: a head that attends evenly,
