@@ -64,7 +64,7 @@ def test_heatmaps_put_each_value_in_its_cell():
     grid = figures.heatmaps(TABLE, col="corpus")
     panel = grid.axes[0, 0]
     assert panel.images[0].get_array().tolist() == [[1.0, 2.0], [2.0, 3.0]]
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["1.0", "2.0"]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["1", "2"]
     assert panel.images[0].get_clim() == (-3.0, 3.0)
 
 

@@ -95,33 +95,9 @@ def test_queries_are_all_places_in_the_state(process, state):
     assert taken.query_latent.tolist() == [document // 3 for document, _ in expected]
 
 
-def test_text_without_roles():
-    process, length = HashedTables(vocabulary_size=30, tables=4), 33
-    taken = contexts(process, [], 4, 3, length, shortest=5)
-    assert taken.latent.tolist() == list(range(12))
-    assert (taken.position % 16 == 0).all() and (taken.position >= 5).all()
-    prompt = same_words(taken)
-    for number, (document, position) in enumerate(zip(taken.document, taken.position)):
-        whole = taken.source.tokens[taken.source.token["document"] == document].tolist()
-        assert prompt.tokens[number].tolist() == [process.end, whole[position]]
-        assert prompt.gold[number].argmax() == whole[position + 1]
-        assert prompt.gold[number].sum() == 1
-    ends = torch.bincount(taken.source.token["document"]).tolist()
-    expected = sum(p + 1 < min(n, length) for n in ends for p in range(16, n, 16))
-    assert len(taken.position) == expected
-
-
-def test_no_query_stands_at_the_end_of_the_last_document():
-    process, count = HashedTables(vocabulary_size=30, tables=4), 0
-    for first in range(60):  # whose last documents have any length
-        taken = contexts(process, [], 2, 1, 200, first=first)
-        length = torch.bincount(taken.source.token["document"])
-        count += int(length[-1] % 16 == 1)
-        assert (taken.position + 1 < length[taken.document]).all()
-    assert count > 0
-
-
 def test_what_would_be_wrong_unseen_is_refused_by_name():
+    with pytest.raises(ValueError, match="released-ngram: has no grammar, so no roles; give"):
+        contexts(HashedTables(vocabulary_size=30, tables=4), ["subject"], 2, 2, 64)
     with pytest.raises(ValueError, match="bound-flat: redraws latents within .*'sentence'.*; give"):
         contexts(load_corpus("bound-flat"), ["subject"], 2, 2, 64)
     with pytest.raises(ValueError, match=r"\['subject'\]: is nowhere between tokens 60 and 50 of"):

@@ -161,7 +161,7 @@ def heatmaps(table, index="layer", columns="tokens", limit=None, label="", **gri
         marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
         shown = cells.columns[marks]
         if columns == "tokens":
-            shown = [f"{tokens / 1e6:.1f}" for tokens in shown]
+            shown = [f"{tokens / 1e6:.2g}" for tokens in shown]
         axes.set_xticks(marks, shown)
         axes.set_yticks(range(len(cells)), cells.index)
 

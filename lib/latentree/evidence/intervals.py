@@ -52,17 +52,16 @@ def over_seeds(table: pd.DataFrame, keys: list, spread: str = "range") -> pd.Dat
     """
     numbers = table.select_dtypes("number").columns.difference(["seed", *keys])
     groups, first = table.groupby(keys, sort=False), table.drop_duplicates(keys).set_index(keys)
-    seeds = groups["seed"].nunique()
-    several, values = seeds[seeds >= 3].index, groups["value"]
+    seeds, means, values = groups["seed"].nunique(), groups[numbers].mean(), groups["value"]
+    means["low"], means["high"] = values.min(), values.max()
+    if spread == "t":
+        reach = values.sem() * stats.t.ppf(0.975, seeds - 1)
+        means["low"], means["high"] = values.mean() - reach, values.mean() + reach
     found = first.assign(over="sequences", seeds=seeds)
     found[numbers] = found[numbers].astype(float)
-    found.loc[several, numbers] = groups[numbers].mean().loc[several]
+    several = seeds.index[seeds >= 3]
+    found.loc[several, means.columns] = means.loc[several]
     found.loc[several, "over"] = "seeds"
-    reach = values.sem() * stats.t.ppf(0.975, seeds - 1)
-    low, high = values.min(), values.max()
-    if spread == "t":
-        low, high = values.mean() - reach, values.mean() + reach
-    found.loc[several, "low"], found.loc[several, "high"] = low.loc[several], high.loc[several]
     return found.drop(columns="seed").reset_index()
 
 

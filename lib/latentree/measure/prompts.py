@@ -15,7 +15,6 @@ from latentree.data.sampler import GrammarProcess
 from latentree.exact.predictors import predictive
 
 _FIRST_LATENT = 1_000_000  # held-out latents from here on: no other measurement has them
-_EVERY = 16  # in text without roles every so many tokens are a query
 
 
 @dataclass
@@ -57,31 +56,27 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
     """`repetitions` held-out documents for each of `latents` latents, cut after `length` tokens.
 
     Queries stand from token `shortest` on; `first` skips latents. Of a bank there are as many
-    documents in all, in the order of its latents. A corpus without a grammar has no roles and no
-    shared latents: its state is [], each document counts as a latent of its own, and every 16th
-    token is a query. ValueError if latents change within a document, or without a query.
+    documents in all, in the order of its latents. ValueError for a corpus without a grammar, if
+    latents change within a document, or without a query.
     """
+    if corpus.grammar is None:
+        raise ValueError(f"{corpus.name}: has no grammar, so no roles; give a corpus with one")
     number = HELD_OUT + (_FIRST_LATENT + first) * repetitions + torch.arange(latents * repetitions)
-    latent = torch.arange(len(number))
-    if corpus.grammar and corpus.grammar.file.bank:
+    if corpus.grammar.file.bank:
         token = corpus.documents(number).token
         latent, order = token["latent"][token["position"] == 0].sort(stable=True)
         number = number[order]
-    elif corpus.grammar:
-        corpus, latent = _sharing(corpus, repetitions), latent // repetitions
-    elif state:
-        raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
+    else:
+        corpus = _sharing(corpus, repetitions)
+        latent = torch.arange(latents).repeat_interleave(repetitions)
     documents = corpus.documents(number)
     token = documents.token
     row, position = token["document"], token["position"]
     sizes = torch.bincount(row)
     query = (position >= shortest) & (position < length) & (position < sizes[row] - 1)
-    if state:
-        query &= token["place"] == len(state) - 1
-        for back, role in enumerate(reversed(state)):
-            query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
-    else:
-        query &= (position % _EVERY == 0) & (position < length - 1)
+    query &= token["place"] == len(state) - 1
+    for back, role in enumerate(reversed(state)):
+        query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
     if not query.any():
         where = f"between tokens {shortest} and {length} of documents of {corpus.name}"
         raise ValueError(f"state = {state}: is nowhere {where}; give another or longer contexts")
@@ -105,8 +100,8 @@ def _sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
 
 
 def same_words(contexts: Contexts) -> Prompts:
-    """For each query a zero-shot prompt of its own words. Without roles, gold is what followed."""
-    back = torch.arange(1 - max(1, len(contexts.state)), 1)
+    """For each query a zero-shot prompt of its own words."""
+    back = torch.arange(1 - len(contexts.state), 1)
     words = contexts.tokens[contexts.document[:, None], contexts.position[:, None] + back]
     return _prompts(contexts, contexts.document, words)
 
@@ -146,10 +141,6 @@ def _prompts(contexts: Contexts, document, words) -> Prompts:
     """Prompts of `words` (prompt, state) after the end token, under the latents of `document`."""
     corpus, source, count = contexts.corpus, contexts.source, words.shape[1] + 1
     tokens = torch.cat([torch.full_like(words[:, :1], corpus.end), words], 1)
-    if not contexts.state:  # one prompt for each query, whose next token is known
-        followed = contexts.tokens[document, contexts.position + 1]
-        gold = torch.nn.functional.one_hot(followed, corpus.vocabulary_size).double()
-        return Prompts(tokens, gold, contexts.latent[document])
     maps = len(next(iter(source.maps.values())))  # as many as documents, or one for all
     token = {
         "tokens": torch.cat([words, words[:, -1:]], 1).flatten(),  # the last word is not looked at
