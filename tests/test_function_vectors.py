@@ -17,11 +17,11 @@ from latentree.measure.function_vectors import BEST, DIFFERENCE, FRESH, SAME
 from latentree.measure.prompts import (
     Contexts,
     Prompts,
+    _sharing,
     contexts,
     fresh_words,
     in_context,
     same_words,
-    sharing,
 )
 from latentree.train.model import build_model
 from test_inside import random_model
@@ -95,33 +95,9 @@ def test_queries_are_all_places_in_the_state(process, state):
     assert taken.query_latent.tolist() == [document // 3 for document, _ in expected]
 
 
-def test_text_without_roles():
-    process, length = HashedTables(vocabulary_size=30, tables=4), 33
-    taken = contexts(process, [], 4, 3, length, shortest=5)
-    assert taken.latent.tolist() == list(range(12))
-    assert (taken.position % 16 == 0).all() and (taken.position >= 5).all()
-    prompt = same_words(taken)
-    for number, (document, position) in enumerate(zip(taken.document, taken.position)):
-        whole = taken.source.tokens[taken.source.token["document"] == document].tolist()
-        assert prompt.tokens[number].tolist() == [process.end, whole[position]]
-        assert prompt.gold[number].argmax() == whole[position + 1]
-        assert prompt.gold[number].sum() == 1
-    ends = torch.bincount(taken.source.token["document"]).tolist()
-    expected = sum(p + 1 < min(n, length) for n in ends for p in range(16, n, 16))
-    assert len(taken.position) == expected
-
-
-def test_no_query_stands_at_the_end_of_the_last_document():
-    process, count = HashedTables(vocabulary_size=30, tables=4), 0
-    for first in range(60):  # whose last documents have any length
-        taken = contexts(process, [], 2, 1, 200, first=first)
-        length = torch.bincount(taken.source.token["document"])
-        count += int(length[-1] % 16 == 1)
-        assert (taken.position + 1 < length[taken.document]).all()
-    assert count > 0
-
-
 def test_what_would_be_wrong_unseen_is_refused_by_name():
+    with pytest.raises(ValueError, match="released-ngram: has no grammar, so no roles; give"):
+        contexts(HashedTables(vocabulary_size=30, tables=4), ["subject"], 2, 2, 64)
     with pytest.raises(ValueError, match="bound-flat: redraws latents within .*'sentence'.*; give"):
         contexts(load_corpus("bound-flat"), ["subject"], 2, 2, 64)
     with pytest.raises(ValueError, match=r"\['subject'\]: is nowhere between tokens 60 and 50 of"):
@@ -199,7 +175,7 @@ def test_fresh_words_have_not_been_shown(process, state):
 
 def test_a_prompt_in_context_stands_after_the_text_before_its_sentence():
     taken = contexts(BOUND, ["verb", "subject"], 4, 2, 48, shortest=21)
-    other = fv.of_next_latent(taken, 1)
+    other = fv._of_next_latent(taken, 1)
     prompt = fresh_words(taken, 2, under=other)
     assert torch.equal(prompt.latent, taken.query_latent[other])
     assert torch.equal(prompt.tokens, fresh_words(taken, 2).tokens)  # fresh where they will stand
@@ -287,7 +263,8 @@ def test_states_are_what_attention_writes_at_the_queries(architecture):
         (inside.output_norm(layer) or inside.o_proj(layer)).register_forward_hook(keep)
     with torch.no_grad():
         logits = model(input_ids=TOKENS).logits
-    z, predicted = fv.states(model, TOKENS, row, position)
+    asked = Contexts(None, [], TOKENS, row, row, position, None)
+    z, predicted = fv._states(model, asked)
     torch.testing.assert_close(predicted, logits[row, position], atol=1e-5, rtol=0)
     written = fv.attention_outputs(model, z)
     for layer in range(2):
@@ -295,7 +272,7 @@ def test_states_are_what_attention_writes_at_the_queries(architecture):
         whole = written[layer] if bias is None else written[layer] + bias
         torch.testing.assert_close(whole, seen[layer][row, position], atol=1e-5, rtol=0)
     for rows in (1, 3):
-        again = fv.states(model, TOKENS, row, position, rows)
+        again = fv._states(model, asked, rows)
         torch.testing.assert_close(again, (z, predicted), atol=1e-5, rtol=0)
 
 
@@ -350,7 +327,7 @@ def test_layerwise_is_what_the_frequencies_predict(model, taken, seen):
     table = fv.layerwise(model, taken, prompts, seed=4)
     assert (table.latents == 12).all()
     rows = table.set_index(["prompt", "vector", "layer", "quantity"]).sort_index()
-    nothing, other = torch.zeros(VOCABULARY), fv.of_next_latent(taken, 4)
+    nothing, other = torch.zeros(VOCABULARY), fv._of_next_latent(taken, 4)
     for name, prompt in prompts.items():
         zero_shot = torch.tensor([distance(nothing, gold) for gold in prompt.gold])
         own = torch.tensor([distance(f, gold) for f, gold in zip(seen, prompt.gold)])
@@ -384,7 +361,7 @@ def test_layerwise_is_what_the_frequencies_predict(model, taken, seen):
 
 
 def test_vectors_are_the_frequencies_that_the_contexts_show(model, taken, seen):
-    z, logits = fv.states(model, taken.tokens, taken.document, taken.position)
+    z, logits = fv._states(model, taken)
     torch.testing.assert_close(logits.double(), SCALE * seen, atol=1e-5, rtol=0)
     written = fv.attention_outputs(model, z).double()
     torch.testing.assert_close(written[0][:, NEXT], seen, atol=1e-6, rtol=0)
@@ -396,8 +373,8 @@ def test_vectors_are_the_frequencies_that_the_contexts_show(model, taken, seen):
 
 def test_only_the_head_that_reads_has_an_effect(model, taken):
     """And what replaces its output is the mean of the latent's queries at other words."""
-    prompt = in_context(taken, fresh_words(taken, under=fv.of_next_latent(taken)), 5)
-    z = fv.states(model, taken.tokens, taken.document, taken.position)[0]
+    prompt = in_context(taken, fresh_words(taken, under=fv._of_next_latent(taken)), 5)
+    z = fv._states(model, taken)[0]
     means = fv.mean_heads(z, taken, prompt)
     word = taken.tokens[taken.document, taken.position]
     for number in (0, 7, len(word) - 1):
@@ -495,7 +472,7 @@ def test_a_model_that_does_nothing_has_no_vector(taken):
 
 
 def test_an_untrained_model_carries_nothing():
-    process = sharing(RELEASED, 2)
+    process = _sharing(RELEASED, 2)
     sizes = {"layers": 2, "width": 32, "heads": 4, "context": 64}
     untrained = build_model("llama", process.vocabulary_size, **sizes).eval()
     taken = contexts(process, ["subject"], 16, 2, 64, shortest=20)
@@ -523,26 +500,26 @@ def queries_of(latents):
 @settings(max_examples=100, deadline=None)
 def test_another_query_is_of_the_next_latent(latents, seed):
     there = sorted(set(latents))
-    found = fv.of_next_latent(queries_of(latents), seed)
+    found = fv._of_next_latent(queries_of(latents), seed)
     for latent, number in zip(latents, found.tolist()):
         assert latents[number] == there[(there.index(latent) + 1) % len(there)]
 
 
 def test_any_query_of_the_next_latent_is_drawn():
     latents = [0, 2, 0, 2, 2, 5]
-    drawn = torch.stack([fv.of_next_latent(queries_of(latents), seed) for seed in range(200)])
+    drawn = torch.stack([fv._of_next_latent(queries_of(latents), seed) for seed in range(200)])
     expected = [{1, 3, 4}, {5}, {1, 3, 4}, {5}, {5}, {0, 2}]
     assert [set(column.tolist()) for column in drawn.T] == expected
     assert (torch.bincount(drawn[:, 0])[[1, 3, 4]] > 40).all()
 
 
 def test_random_vectors_keep_norms():
-    found = fv.random_like(VECTORS.expand(2, 5, 16), seed=2)
+    found = fv._random_like(VECTORS.expand(2, 5, 16), seed=2)
     torch.testing.assert_close(found.norm(dim=-1), VECTORS.norm(dim=-1).expand(2, 5))
-    assert torch.equal(fv.random_like(VECTORS, 2), fv.random_like(VECTORS, 2))
+    assert torch.equal(fv._random_like(VECTORS, 2), fv._random_like(VECTORS, 2))
     assert not torch.equal(found[0], found[1])
     wide = torch.ones(2, 10_000)
-    assert torch.cosine_similarity(fv.random_like(wide), wide).abs().max() < 0.05
+    assert torch.cosine_similarity(fv._random_like(wide), wide).abs().max() < 0.05
 
 
 def test_distances_from_their_definition():
@@ -552,7 +529,7 @@ def test_distances_from_their_definition():
     log_p, uniform = logits.double().log_softmax(1), torch.tensor(4.0).log().item()
     expected = 0.5 * (0.5 / log_p[0, 0].exp()).log() + 2 * 0.25 * (0.25 / log_p[0, 1].exp()).log()
     assert fv.divergence(logits, prompt).tolist() == pytest.approx([float(expected), uniform])
-    assert fv.surprise(logits, prompt).tolist() == pytest.approx([-float(log_p[0, 0]), uniform])
+    assert fv._surprise(logits, prompt).tolist() == pytest.approx([-float(log_p[0, 0]), uniform])
     exact = gold.clamp(min=1e-300).log().float()
     assert fv.divergence(exact, prompt).abs().max() < 1e-6
 
@@ -566,7 +543,7 @@ def test_the_best_layer_is_chosen_by_the_other_half():
         ("p", DIFFERENCE, 1, "KL"): second,
         ("p", "own", 0, "KL"): first,
     }
-    table = fv.over_latents(rows, latent).set_index(["vector", "layer"])
+    table = fv._over_latents(rows, latent).set_index(["vector", "layer"])
     assert table.loc[(DIFFERENCE, 0), "value"] == pytest.approx(3) == table.value["own", 0]
     assert table.loc[(DIFFERENCE, 1), "value"] == pytest.approx(1)
     assert (table.latents == 4).all()
@@ -578,5 +555,5 @@ def test_the_best_layer_is_chosen_by_the_other_half():
     reach = 3.182446 * float(spread) ** 0.5 / 6  # Student's t with 3 degrees of freedom
     bounds = table.loc[(BEST, -1), ["low", "high"]].tolist()
     assert bounds == pytest.approx([0.5 - reach, 0.5 + reach], abs=1e-5)
-    alone = fv.over_latents({("p", "own", 0, "KL"): first}, latent)
+    alone = fv._over_latents({("p", "own", 0, "KL"): first}, latent)
     assert alone["vector"].tolist() == ["own"]  # without differences there is no best layer

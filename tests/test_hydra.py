@@ -12,7 +12,7 @@ from latentree.data.text import Text
 from latentree.evidence.figures import pick
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
-from latentree.measure.donors import Stimulus, draw_donors, stimulus, syntactic_states
+from latentree.measure.donors import Stimulus, _draw_donors, _syntactic_states, stimulus
 from latentree.measure.hydra import (
     Ablations,
     given_back,
@@ -269,12 +269,12 @@ def naive_states(tokens, document, grammar):
 def test_states_are_the_roles_of_the_sentence_so_far(corpus):
     fields = held_out(corpus, 6, 40)
     naive = naive_states(fields["tokens"], fields["document"], corpus.grammar)
-    found = syntactic_states(corpus.grammar, fields)
+    found = _syntactic_states(corpus.grammar, fields)
     both = set(zip(naive, found.flatten().tolist(), strict=True))
     assert len(both) == len(set(naive)) == len(found.unique())
     del fields["role"]  # then roles are read from the tokens
-    assert syntactic_states(corpus.grammar, fields).equal(found)
-    assert not syntactic_states(None, fields).any()
+    assert _syntactic_states(corpus.grammar, fields).equal(found)
+    assert not _syntactic_states(None, fields).any()
 
 
 def test_donors_are_of_the_same_state_in_another_sequence():
@@ -282,19 +282,19 @@ def test_donors_are_of_the_same_state_in_another_sequence():
     state[2, 5] = 9  # a state of its own
     state[3, 6:8] = 8  # a state that one sequence has
     row = torch.arange(6)[:, None].expand(6, 30)
-    sequence, position = draw_donors(state, 1)
+    sequence, position = _draw_donors(state, 1)
     alone = state >= 8
     assert sequence[alone].equal(row[alone]) and position[2, 5] == 5
     assert state[sequence[~alone], position[~alone]].equal(state[~alone])
     assert (sequence[~alone] != row[~alone]).all()
-    assert draw_donors(state, 1)[1].equal(position)
-    assert not draw_donors(state, 2)[1].equal(position)
+    assert _draw_donors(state, 1)[1].equal(position)
+    assert not _draw_donors(state, 2)[1].equal(position)
 
 
 def test_donors_are_drawn_uniformly():
     counts = torch.zeros(4, 4)  # three others for each of four
     for seed in range(300):
-        drawn, _ = draw_donors(torch.zeros(4, 1, dtype=torch.long), seed)
+        drawn, _ = _draw_donors(torch.zeros(4, 1, dtype=torch.long), seed)
         counts[torch.arange(4), drawn[:, 0]] += 1
     assert not counts.diagonal().any() and (counts + 100 * torch.eye(4) - 100).abs().max() < 40
 

@@ -12,11 +12,11 @@ from latentree.evidence.figures import pick
 from latentree.evidence.intervals import ratio
 from latentree.measure.ablation import ablated_losses
 from latentree.measure.induction import (
+    _chance,
+    _in_context_gain,
     attention_sums,
-    chance,
     choose_and_score,
     emergence_step,
-    in_context_gain,
     measure,
 )
 from latentree.measure.stimuli import LONGEST, RELEASED, Stimulus, stimuli
@@ -104,7 +104,7 @@ def test_uniform_attention_scores_at_chance():
     for each in (stimulus, Stimulus(FEW), Stimulus(FEW, DOCUMENT)):
         uniform = scores(attending(each, lambda s, q: list(range(q + 1))), each)
         expected = pytest.approx(list(uniform.values()), nan_ok=True, abs=1e-6)
-        assert chance(each.targets).tolist() == expected
+        assert _chance(each.targets).tolist() == expected
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -176,10 +176,10 @@ def test_the_best_of_equal_heads_is_not_flattered():
 def test_in_context_gain():
     tokens = torch.tensor([[1, 2, 1, 2, 3, 1, 2], [1, 2, 3, 1, 2, 1, 2]])
     losses = torch.tensor([[5.0, 3.0, 2.0, 9.0, 9.0, 1.0], [4.0, 9.0, 9.0, 3.0, 9.0, 1.0]])
-    total, count = in_context_gain(losses, Stimulus(tokens))
+    total, count = _in_context_gain(losses, Stimulus(tokens))
     assert total.tolist() == [3.0 + 4.0, 1.0 + 3.0] and count.tolist() == [2, 2]
     document = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3, 4]])
-    total, count = in_context_gain(losses, Stimulus(tokens, document))
+    total, count = _in_context_gain(losses, Stimulus(tokens, document))
     assert total.tolist() == [1.0, 0.0] and count.tolist() == [1, 0]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from latentree.data.corpus import held_out, load_corpus
-from latentree.measure import lookup
+from latentree.measure import induction, lookup
 from latentree.measure.lookup import look_ups, measure
 from latentree.train.model import build_model
 
@@ -46,7 +46,7 @@ def scores(shown):
     """The table of a model whose five heads in one layer are the hand-made ones."""
     model = build_model("llama", 41, layers=1, width=20, heads=5, context=CONTEXT).eval()
     heads = torch.stack([evenly(keys) for keys in hand_made(shown).values()], 1)
-    opened = lookup.attention
+    opened = induction.attention
 
     def attention(model, see):
         done = [0]
@@ -60,7 +60,7 @@ def scores(shown):
 
     with pytest.MonkeyPatch.context() as patch:
         # measure opens attention anew for each part of the sequences: all at once here
-        patch.setattr(lookup, "attention", attention)
+        patch.setattr(induction, "attention", attention)
         return measure(model, shown, rows=SEQUENCES)
 
 

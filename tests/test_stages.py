@@ -120,7 +120,8 @@ def test_released_values_and_what_an_exact_predictor_gives_to_roles():
     assert exact.loc["connector", "subject"] == pytest.approx(1)
     tokens = held_out(process, 64, 63)["tokens"]
     knows = exactly(process, 64, 64)
-    table = masses(Says(lambda _: knows(tokens).logits[:, :-1]), process.grammar, tokens)
+    says, states = Says(lambda _: knows(tokens).logits[:, :-1]), next_roles(process.grammar, tokens)
+    table = masses(says, process.grammar, tokens, states)
     legal = means(table, quantity="legal")
     assert legal.to_numpy() == pytest.approx(1, abs=1e-5)
     by_role = means(table, quantity="role")

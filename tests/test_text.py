@@ -95,8 +95,11 @@ def test_every_measurement_takes_a_text(text):
     scores = induction.measure(model, stimuli(text, 6, 32), rows=4)
     assert set(scores["stimulus"]) == {"natural", "legal repeat", "random repeat"}
     assert scores["value"].notna().any()
-    taken = prompts.contexts(text, [], 6, 1, 24, 8)
-    vectors = fv.layerwise(model, taken, {fv.SAME: prompts.same_words(taken)}, 0)
+    tokens, at = stimuli(text, 6, 32)["natural"].tokens, torch.arange(6)
+    taken = prompts.Contexts(text, [], tokens, at, at, torch.full((6,), 20), None)
+    gold = torch.nn.functional.one_hot(tokens[:, 21], 24).double()
+    asked = prompts.Prompts(tokens[:, 19:21], gold, at)
+    vectors = fv.layerwise(model, taken, {fv.SAME: asked})
     assert (vectors["quantity"] == "gold word").any() and vectors["value"].notna().all()
     scored = stimulus(text, 12, 32)
     assert scored.peers is None and hydra.measure(model, scored)["value"].notna().all()

@@ -4,7 +4,6 @@ A verdict is computed and never typed in. It asks about the whole interval, not 
 a wide interval decides nothing.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -56,10 +55,7 @@ class Claim:
     @property
     def holds(self) -> bool:
         """Whether the whole interval lies in the region."""
-        _, low, high = self.interval or (None, -math.inf, math.inf)
-        return (self.above is None or low > self.above) and (
-            self.below is None or high < self.below
-        )
+        return self.verdict in ("present", "as predicted")
 
     @property
     def verdict(self) -> str:
@@ -71,29 +67,26 @@ class Claim:
         if self.interval is None:
             return "not tested"
         _, low, high = self.interval
-        if self.holds:
-            word = 0
-        elif self.above is not None and high <= self.above:
-            word = 1
-        elif self.below is not None and low >= self.below:
-            word = 1
-        else:
-            return "undecided"
-        phenomenon = self.whose == "paper" and self.below is None
-        return (("present", "absent") if phenomenon else ("as predicted", "contradicted"))[word]
+        above, below = self.above, self.below
+        inside = [above is None or low > above, below is None or high < below]
+        outside = [above is not None and high <= above, below is not None and low >= below]
+        phenomenon = self.whose == "paper" and below is None
+        if all(inside):
+            return "present" if phenomenon else "as predicted"
+        if any(outside):
+            return "absent" if phenomenon else "contradicted"
+        return "undecided"
 
     def as_dict(self) -> dict:
         """All fields as plain JSON values: the interval as value, low, high, and the verdict."""
         fields = asdict(self)
-        numbers = fields.pop("interval") or (None, None, None)
-        fields |= {name: _plain(number) for name, number in zip(("value", "low", "high"), numbers)}
-        fields |= {name: _plain(fields[name]) for name in ("above", "below", "null")}
+        interval = fields.pop("interval") or (None, None, None)
+        numbers = dict(zip(("value", "low", "high"), interval))
+        numbers |= {name: fields[name] for name in ("above", "below", "null")}
+        for name, number in numbers.items():
+            fields[name] = None if number is None else float(number)
         fields |= {"n": int(self.n), "seeds": [int(seed) for seed in self.seeds]}
         return fields | {"verdict": self.verdict}
-
-
-def _plain(number) -> float | None:
-    return None if number is None else float(number)
 
 
 def claims_table(claims) -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """Two runs side by side: python -m latentree.evidence.compare FOLDER OTHER [--tolerance 1e-6]
 
-Lists every claim whose value, interval or verdict differs, and those that only one run has; exits
-with 1 if there are any.
+Lists claims whose value, interval or verdict differs or that one run lacks; exits with 1 if any.
 """
 
 import argparse
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-_NUMBERS = ["value", "low", "high"]
-
 
 def claims_of(folder) -> pd.DataFrame:
     """The claims in folder/results/*.json, indexed by the result's file and the claim's id.
@@ -21,11 +18,10 @@ def claims_of(folder) -> pd.DataFrame:
     Raises ValueError for a folder without results.
     """
     files = sorted((Path(folder) / "results").rglob("*.json"))
-    rows = [
-        {"file": file.stem} | claim
-        for file in files
-        for claim in json.loads(file.read_text(encoding="utf-8"))["claims"]
-    ]
+    rows = []
+    for file in files:
+        claims = json.loads(file.read_text(encoding="utf-8"))["claims"]
+        rows += [{"file": file.stem} | claim for claim in claims]
     if not rows:
         raise ValueError(f"{folder}: has no results/*.json with claims; name the folder of a run")
     return pd.DataFrame(rows).set_index(["file", "id"])
@@ -41,23 +37,20 @@ def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6)
         if key not in one.index or key not in other.index:
             rows.append((*key, "claim", key in one.index, key in other.index))
             continue
-        a, b = one.loc[key], other.loc[key]
-        rows += [
-            (*key, name, a[name], b[name])
-            for name in _NUMBERS
-            if not (pd.isna(a[name]) and pd.isna(b[name]))
-            and not math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance)
-        ]
-        if a["verdict"] != b["verdict"]:
-            rows.append((*key, "verdict", a["verdict"], b["verdict"]))
+        for name in ("value", "low", "high", "verdict"):
+            a, b = one.loc[key, name], other.loc[key, name]
+            same = a == b or (pd.isna(a) and pd.isna(b))
+            if name != "verdict":
+                same = same or math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+            if not same:
+                rows.append((*key, name, a, b))
     return pd.DataFrame(rows, columns=["file", "claim", "what", "one", "other"])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m latentree.evidence.compare", description=__doc__.splitlines()[0]
-    )
+    about = {"prog": "python -m latentree.evidence.compare", "description": __doc__.splitlines()[0]}
+    parser = argparse.ArgumentParser(**about)
     parser.add_argument("one", help="folder of a run")
     parser.add_argument("other", help="folder of another run")
     parser.add_argument("--tolerance", type=float, default=1e-6, help="relative, 1e-6 by default")

@@ -5,7 +5,6 @@ interval over sequences: a mean is a ratio of sums, and sequences are drawn for 
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -34,10 +33,11 @@ class Curve:
         value, low, high = ratio(torch.tensor(self.sums), torch.tensor(self.counts))
         return pd.DataFrame({"tokens": self.tokens, "value": value, "low": low, "high": high})
 
-    def at(self, checkpoints=slice(None), sequences=slice(None)) -> "Curve":
-        """The curve of some checkpoints and sequences (numbers, masks or slices)."""
-        sums, counts = self.sums[sequences][:, checkpoints], self.counts[sequences][:, checkpoints]
-        return Curve(self.tokens[checkpoints], sums, counts)
+    def at(self, checkpoints) -> "Curve":
+        """The curve of some checkpoints (numbers, a mask or a slice)."""
+        return Curve(
+            self.tokens[checkpoints], self.sums[:, checkpoints], self.counts[:, checkpoints]
+        )
 
     def rise(self) -> "Curve":
         """The curve less its first point, whose counts are those of all points."""
@@ -67,10 +67,9 @@ def curves(table: pd.DataFrame, by, tokens_per_step: int) -> dict:
     """{value of the column or columns `by`: its `Curve`}, of a sweep over `sequence_sums`."""
     found = {}
     for name, rows in table.groupby(by, sort=False):
-        sums = rows.pivot(index="sequence", columns="step", values="sum")
-        counts = rows.pivot(index="sequence", columns="step", values="count")
-        tokens = sums.columns.to_numpy() * tokens_per_step
-        found[name] = Curve(tokens, sums.to_numpy(), counts.to_numpy())
+        wide = rows.pivot(index="sequence", columns="step", values=["sum", "count"])
+        tokens = wide["sum"].columns.to_numpy() * tokens_per_step
+        found[name] = Curve(tokens, wide["sum"].to_numpy(), wide["count"].to_numpy())
     return found
 
 
@@ -90,45 +89,50 @@ def ended(curve: Curve, share: float = 0.05) -> bool:
 def half_way(curve: Curve, whole: float | None = None) -> tuple:
     """(tokens, low, high) after which `curve` first passes half of `whole`, its last value if None.
 
-    Linear in log tokens (0 counts as 1); NaN if it never does. 95 % by bootstrap.
+    Linear in log tokens (0 counts as 1); NaN if it never does. 95 % by bootstrap over sequences.
     """
-    return _resampled(lambda values: _half_way(curve.tokens, values, whole), curve)
+    return _interval(_half_ways([curve], whole)[0])
 
 
 def doublings_later(first: Curve, second: Curve, whole: float | None = None) -> tuple:
-    """(log2 of the second's half-way tokens over the first's, low, high), 95 % by bootstrap."""
+    """(log2 of the second's half-way tokens over the first's, low, high), 95 % by bootstrap.
 
-    def later(one, other):
-        halves = [_half_way(c.tokens, v, whole) for c, v in ((first, one), (second, other))]
-        return np.log2(halves[1] / halves[0])
-
-    return _resampled(later, first, second)
-
-
-def successive(found: dict, whole: float) -> dict:
-    """{(one, next): `widest` `doublings_later`} of curves {name: Curve} that reach half of `whole`.
-
-    Each is compared with the one that comes next in the order given, among those that reach it.
+    The ends are the widest of three: of all checkpoints, and of every other one, from the first and
+    from the last on (the last is always there). ValueError for curves of other sizes.
     """
-    reached = [name for name, curve in found.items() if np.isfinite(half_way(curve, whole)).all()]
-    later = partial(doublings_later, whole=whole)
-    return {(a, b): widest(later, found[a], found[b]) for a, b in zip(reached, reached[1:])}
-
-
-def widest(measure, *found: Curve) -> tuple:
-    """(value, low, high) of measure(*curves), with the widest ends of all and half the checkpoints.
-
-    Every other one is taken from the first and from the last on; the last is always there.
-    """
-    last = len(found[0].tokens) - 1
-    intervals = [measure(*found)]
-    for chosen in (np.union1d(np.arange(0, last, 2), last), np.arange(last % 2, last + 1, 2)):
-        intervals.append(measure(*[curve.at(chosen) for curve in found]))
+    last, intervals = len(first.tokens) - 1, []
+    halves = np.union1d(np.arange(0, last, 2), last), np.arange(last % 2, last + 1, 2)
+    for chosen in (slice(None), *halves):
+        one, other = _half_ways([first.at(chosen), second.at(chosen)], whole)
+        intervals.append(_interval(np.log2(other / one)))
     value, low, high = zip(*intervals)
     return value[0], min(low), max(high)
 
 
-def _half_way(tokens, values, whole=None):
+def successive(found: dict, whole: float) -> dict:
+    """{(one, next): `doublings_later`} of curves {name: Curve} that reach half of `whole`.
+
+    Each is compared with the one that comes next in the order given, among those that reach it.
+    """
+    reached = [name for name, curve in found.items() if np.isfinite(half_way(curve, whole)).all()]
+    return {
+        (a, b): doublings_later(found[a], found[b], whole) for a, b in zip(reached, reached[1:])
+    }
+
+
+def _half_ways(found: list, whole) -> list:
+    """Tokens (1 + draws,) after which each curve is half-way, of all sequences, then of draws."""
+    shapes = [curve.sums.shape for curve in found]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"curves: (sequences, checkpoints) are {shapes}; give curves of the same")
+    count = shapes[0][0]
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_DRAWS)
+    weights = np.concatenate([np.ones((1, count)), drawn])  # the first: every sequence once
+    values = [(weights @ curve.sums) / (weights @ curve.counts) for curve in found]
+    return [_half_way(curve.tokens, points, whole) for curve, points in zip(found, values)]
+
+
+def _half_way(tokens, values, whole):
     """Tokens (...,) after which values (..., checkpoint) are half-way to `whole` or the last."""
     x = np.log(np.maximum(tokens, 1.0))
     end = values[..., -1:] if whole is None else np.full_like(values[..., -1:], whole)
@@ -141,16 +145,7 @@ def _half_way(tokens, values, whole=None):
     return np.where((over >= 0).any(-1), found, np.nan)
 
 
-def _resampled(statistic, *found: Curve) -> tuple:
-    """Bootstrap over sequences of a statistic of each curve's points (draws, checkpoint)."""
-    shapes = [curve.sums.shape for curve in found]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"curves: (sequences, checkpoints) are {shapes}; give curves of the same")
-    parts = [part for curve in found for part in (curve.sums, curve.counts)]
-    count, points = len(parts[0]), len(found[0].tokens)
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=_DRAWS)
-    weights = np.concatenate([np.ones((1, count)), drawn])  # the first: every sequence once
-    totals = (weights @ np.concatenate(parts, 1)).reshape(len(weights), len(found), 2, points)
-    values = statistic(*np.moveaxis(totals[:, :, 0] / totals[:, :, 1], 1, 0))
+def _interval(values) -> tuple:
+    """The first of values, and the 95 % interval of the others."""
     low, high = np.quantile(values[1:], [0.025, 0.975])
     return float(values[0]), float(low), float(high)

@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
@@ -38,30 +37,19 @@ ROLE_COLOURS = {
     "connector": "#E69F00",
     "end": "#999999",
 }
-LINES = {
+LINES = {  # of what is computed and not measured
     "syntax-only": ("#555555", ":"),
     "in-sentence": ("#555555", "-."),
     "ideal reader": ("#555555", "--"),
     "latent-aware": ("#555555", "-"),
 }
-_REFERENCE = "#555555"  # the grey of what is computed and not measured
 
 
 def set_style():
-    """Seaborn's paper style, legible in print."""
-    sns.set_theme(
-        context="notebook",
-        style="ticks",
-        font_scale=0.9,
-        rc={
-            "figure.dpi": 100,
-            "savefig.dpi": 130,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "figure.constrained_layout.use": True,
-            "legend.frameon": False,
-        },
-    )
+    """Seaborn's notebook style, legible in print."""
+    plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    sizes = {"figure.dpi": 100, "savefig.dpi": 130, "figure.constrained_layout.use": True}
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.9, rc=plain | sizes)
 
 
 def palette(corpora) -> dict:
@@ -85,9 +73,8 @@ def write_film(figures, path, milliseconds: int = 700) -> None:
         plt.close(figure)
         frames.append(Image.open(drawn).convert("RGB"))
     times = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60, method=4
-    )
+    film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+    frames[0].save(path, quality=60, method=4, **film)
 
 
 def described(figure):
@@ -106,12 +93,8 @@ def described(figure):
     if not any(told.values()):  # a drawn tree, say, is all words
         told[""] = all_of(text.get_text() for ax in panels for text in ax.texts)
     count = f"{len(panels)} panels" if len(panels) > 1 else "One panel"
-    return (
-        "; ".join(
-            [count, *(f"{what}: {text}".removeprefix(": ") for what, text in told.items() if text)]
-        )
-        + "."
-    )
+    parts = [f"{what}: {text}".removeprefix(": ") for what, text in told.items() if text]
+    return "; ".join([count, *parts]) + "."
 
 
 # ---------------------------------------------------------------------- tables as pictures
@@ -154,36 +137,35 @@ def bars(table, x, hue, legend=True, **grid) -> sns.FacetGrid:
     def draw(data, color, label=None):
         shift = (hues.index(data[hue].iloc[0]) - (len(hues) - 1) / 2) * width
         reach = [data["value"] - data["low"], data["high"] - data["value"]]
-        axes = plt.gca()
-        axes.bar(
-            data[x].map(places.index) + shift,
-            data["value"],
-            width,
-            yerr=reach,
-            color=color,
-            label=label,
-        )
+        axes, at = plt.gca(), data[x].map(places.index) + shift
+        axes.bar(at, data["value"], width, yerr=reach, color=color, label=label)
         axes.axhline(0, color="black", lw=0.8)
         axes.set_xticks(range(len(places)), places)
 
     return _mapped(table, draw, hue, legend, {"hue_order": hues} | grid)
 
 
-def heatmaps(
-    table, index="layer", columns="tokens", limit=None, label="", dots=False, **grid
-) -> sns.FacetGrid:
+def heatmaps(table, index="layer", columns="tokens", limit=None, label="", **grid) -> sns.FacetGrid:
     """A heatmap of `value` in each panel: a row for each `index`, a column for each of `columns`.
 
-    Red is -limit, white 0, blue limit (by default the largest value, either way); with `dots` a dot
-    marks where the interval contains 0. `label` names the colour bar. Tokens are shown in millions.
+    Red is -limit, white 0, blue limit (by default the largest value, either way). `label` names the
+    colour bar. Tokens are shown in millions.
     """
     limit = limit or float(table["value"].abs().max()) or 1.0
+    shades = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), "RdBu")
 
     def draw(data, color=None):
-        _heatmap(plt.gca(), data, limit, index, columns, dots)
+        cells, axes = data.pivot(index=index, columns=columns, values="value"), plt.gca()
+        look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+        axes.imshow(cells, cmap=shades.cmap, norm=shades.norm, **look)
+        marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
+        shown = cells.columns[marks]
+        if columns == "tokens":
+            shown = [f"{tokens / 1e6:.2g}" for tokens in shown]
+        axes.set_xticks(marks, shown)
+        axes.set_yticks(range(len(cells)), cells.index)
 
     found = _mapped(table, draw, None, False, {"height": 1.9, "aspect": 1.3} | grid)
-    shades = mpl.cm.ScalarMappable(mpl.colors.Normalize(-limit, limit), "RdBu")
     found.figure.colorbar(shades, ax=found.axes, label=label, extend="both", shrink=0.8)
     return found.set_axis_labels("tokens (millions)" if columns == "tokens" else columns, index)
 
@@ -235,63 +217,29 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
     return found
 
 
-def _heatmap(axes, rows, limit: float, index: str, columns: str, dots: bool) -> None:
-    """One panel of `heatmaps`."""
-    cells = rows.pivot(index=index, columns=columns, values="value")
-    shades = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
-    axes.imshow(cells, **shades, aspect="auto", origin="lower", interpolation="nearest")
-    marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
-    shown = cells.columns[marks]
-    if columns == "tokens":
-        shown = [f"{tokens / 1e6:.1f}" for tokens in shown]
-    axes.set_xticks(marks, shown)
-    axes.set_yticks(range(len(cells)), cells.index)
-    if dots:
-        zero = rows.assign(inside=(rows["low"] <= 0) & (rows["high"] >= 0))
-        zero = zero.pivot(index=index, columns=columns, values="inside").to_numpy()
-        layer, column = np.nonzero(zero.astype(float) > 0)
-        axes.plot(column, layer, ".", ms=2.5, color=_REFERENCE)
-
-
 # ---------------------------------------------------------------------- trees and documents
 
 
 def draw_tree(tree, ax):
     """Draw an nltk tree: each nonterminal stands above the middle of what it spans."""
-    next_leaf = iter(range(len(tree.leaves())))
+    next_leaf, middle = iter(range(len(tree.leaves()))), {"ha": "center", "va": "center"}
 
     def place(node, depth):
         if isinstance(node, str):
-            x = next(next_leaf)
-            ax.text(
-                x,
-                -tree.height(),
-                node,
-                ha="center",
-                va="center",
-                fontsize=9,
-                fontweight="bold",
-                color=ROLE_COLOURS.get(node, "black"),
-            )
-            return x, -tree.height() + 0.25
+            x, y = next(next_leaf), -tree.height()
+            look = {"fontsize": 9, "fontweight": "bold", "color": ROLE_COLOURS.get(node, "black")}
+            ax.text(x, y, node, **middle, **look)
+            return x, y + 0.25
         spots = [place(child, depth + 1) for child in node]
         x = (spots[0][0] + spots[-1][0]) / 2
         for cx, cy in spots:
             ax.plot([x, cx], [-depth - 0.2, cy], color="#BBBBBB", lw=1, zorder=0)
-        ax.text(
-            x,
-            -depth,
-            node.label(),
-            ha="center",
-            va="center",
-            fontsize=8,
-            bbox={"fc": "white", "ec": "none", "pad": 1},
-        )
+        box = {"fc": "white", "ec": "none", "pad": 1}
+        ax.text(x, -depth, node.label(), fontsize=8, bbox=box, **middle)
         return x, -depth + 0.2
 
     place(tree, 0)
-    ax.set_xlim(-0.7, len(tree.leaves()) - 0.3)
-    ax.set_ylim(-tree.height() - 0.8, 0.4)
+    ax.set(xlim=(-0.7, len(tree.leaves()) - 0.3), ylim=(-tree.height() - 0.8, 0.4))
     ax.axis("off")
 
 
@@ -300,30 +248,18 @@ def draw_document(documents, roles, ax):
 
     Thick rules stand between sections, thin ones between paragraphs. `roles` names the roles.
     """
-    token = {name: value.tolist() for name, value in documents.token.items()}
-    for i, word in enumerate(token["tokens"]):
-        role = roles[token["role"][i]]
-        x, y = token["place"][i], -token["sentence"][i]
-        ax.add_patch(
-            Rectangle(
-                (x - 0.46, y - 0.42), 0.92, 0.84, fc=ROLE_COLOURS.get(role, "#777777"), ec="none"
-            )
-        )
-        ax.text(x, y, word, ha="center", va="center", fontsize=7, color="white")
-    for i in range(1, len(token["tokens"])):
-        for level, width in (("section", 2.0), ("paragraph", 0.7)):
-            if token[level][i] != token[level][i - 1]:
-                ax.axhline(0.5 - token["sentence"][i], color="black", lw=width)
-                break
-    ax.set(
-        xlim=(-0.6, max(token["place"]) + 0.6),
-        ylim=(-max(token["sentence"]) - 0.6, 0.6),
-        xlabel="place in the sentence (tokens)",
-        ylabel="sentence of the document",
-    )
-    ax.set_yticks(
-        -np.arange(0, max(token["sentence"]) + 1, 4), np.arange(0, max(token["sentence"]) + 1, 4)
-    )
+    token = pd.DataFrame({name: value.tolist() for name, value in documents.token.items()})
+    for word in token.itertuples():
+        x, y, colour = word.place, -word.sentence, ROLE_COLOURS.get(roles[word.role], "#777777")
+        ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, fc=colour, ec="none"))
+        ax.text(x, y, word.tokens, ha="center", va="center", fontsize=7, color="white")
+    for level, width in (("paragraph", 0.7), ("section", 2.0)):
+        for sentence in token.sentence[token[level].diff() > 0]:
+            ax.axhline(0.5 - sentence, color="black", lw=width)
+    last, across = token[["sentence", "place"]].max()
+    ax.set(xlim=(-0.6, across + 0.6), ylim=(-last - 0.6, 0.6))
+    ax.set(xlabel="place in the sentence (tokens)", ylabel="sentence of the document")
+    ax.set_yticks(range(0, -last - 1, -4), range(0, last + 1, 4))
 
 
 def with_palette(png: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Intervals over independent units (sequences, documents, seeds), and an exact test of signs."""
+"""Intervals over independent units: sequences, documents, seeds."""
 
 import numpy as np
 import pandas as pd
@@ -6,8 +6,8 @@ import torch
 from scipy import stats
 
 
-def bootstrap(values, statistic=None, draws=2000, level=0.95, seed=0):
-    """(value, low, high) of a statistic of independent units, by the percentile bootstrap.
+def bootstrap(values, statistic=None, draws=2000, seed=0):
+    """(value, low, high), 95 %, of a statistic of independent units, by the percentile bootstrap.
 
     `values` (units, ...) is resampled along its first axis; `statistic` maps arrays
     (draws, units, ...) to (draws,) and is the mean by default.
@@ -17,17 +17,17 @@ def bootstrap(values, statistic=None, draws=2000, level=0.95, seed=0):
     chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     parts = np.array_split(chosen, max(1, draws // 200))  # for memory's sake
     drawn = np.concatenate([statistic(values[part]) for part in parts])
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return float(statistic(values[None])[0]), float(low), float(high)
 
 
-def t_interval(values, level=0.95):
-    """(mean, low, high) of a few independent estimates (seeds), by Student's t."""
+def t_interval(values):
+    """(mean, low, high), 95 %, of a few independent estimates (seeds), by Student's t."""
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
     if len(values) < 2:
         return mean, float("nan"), float("nan")
-    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+    reach = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return mean, mean - reach, mean + reach
 
 
@@ -52,17 +52,16 @@ def over_seeds(table: pd.DataFrame, keys: list, spread: str = "range") -> pd.Dat
     """
     numbers = table.select_dtypes("number").columns.difference(["seed", *keys])
     groups, first = table.groupby(keys, sort=False), table.drop_duplicates(keys).set_index(keys)
-    seeds = groups["seed"].nunique()
-    several, values = seeds[seeds >= 3].index, groups["value"]
+    seeds, means, values = groups["seed"].nunique(), groups[numbers].mean(), groups["value"]
+    means["low"], means["high"] = values.min(), values.max()
+    if spread == "t":
+        reach = values.sem() * stats.t.ppf(0.975, seeds - 1)
+        means["low"], means["high"] = values.mean() - reach, values.mean() + reach
     found = first.assign(over="sequences", seeds=seeds)
     found[numbers] = found[numbers].astype(float)
-    found.loc[several, numbers] = groups[numbers].mean().loc[several]
+    several = seeds.index[seeds >= 3]
+    found.loc[several, means.columns] = means.loc[several]
     found.loc[several, "over"] = "seeds"
-    reach = values.sem() * stats.t.ppf(0.975, seeds - 1)
-    low, high = values.min(), values.max()
-    if spread == "t":
-        low, high = values.mean() - reach, values.mean() + reach
-    found.loc[several, "low"], found.loc[several, "high"] = low.loc[several], high.loc[several]
     return found.drop(columns="seed").reset_index()
 
 
@@ -78,22 +77,3 @@ def ratio(sums, counts):
     quantile = torch.as_tensor(stats.t.ppf(0.975, (counted - 1).cpu()), device=sums.device)
     reach = quantile * spread.sqrt() / total
     return value, value - reach, value + reach
-
-
-def sign_test(values) -> tuple[float, float, float, float]:
-    """Are values (units,) more often above 0 than below? (share, low, high, p), exact.
-
-    Units at 0 are left out. The 95 % interval is Clopper and Pearson's, p of the one-sided sign
-    test.
-    """
-    values = np.asarray(values)
-    above, told = int((values > 0).sum()), int((values != 0).sum())
-    if not told:
-        return float("nan"), 0.0, 1.0, 1.0
-    share = stats.binomtest(above, told).proportion_ci()
-    return (
-        above / told,
-        share.low,
-        share.high,
-        stats.binomtest(above, told, alternative="greater").pvalue,
-    )

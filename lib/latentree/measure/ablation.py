@@ -1,6 +1,7 @@
 """What the loss rises by when heads are switched off, and which heads to compare them with."""
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -25,11 +26,10 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
     - mean: a head's mix of values z is replaced by its mean over all sequences and positions.
     - resample: by its z for another sequence at the same position, drawn with `seed`; no sequence
       keeps its own.
-    - pattern: as mean, while all heads of later layers keep the attention of the clean run (Olsson
-      et al. 2022, pattern-preserving ablation): the loss changes by what the heads move, not by
-      where others then look.
+    - pattern: as mean, while all heads keep the attention of the clean run (Olsson et al. 2022,
+      pattern-preserving ablation): what the heads move counts, not where others then look.
 
-    Raises ValueError for another way, or a single sequence to resample.
+    ValueError for another way, or a single sequence to resample.
     """
     if how not in _WAYS:
         raise ValueError(f"how = {how!r}: is no way to ablate; use one of {', '.join(_WAYS)}")
@@ -39,12 +39,18 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
         instead = z[:, _another(len(tokens), seed)]
     else:
         instead = z.mean((1, 2), keepdim=True).expand_as(z)
-    losses = []
+    by_layer, losses = {}, []
+    for layer, head in heads:
+        by_layer.setdefault(layer, []).append(head)
+
+    def replace(z, own, new):
+        z[:, :, own] = new[:, :, own]
+        return z
+
     for here in torch.arange(len(tokens)).split(rows):
         chunk, change, opened = tokens[here], {}, nullcontext()
-        for layer in {layer for layer, _ in heads}:
-            own = [head for at, head in heads if at == layer]
-            change["z", layer] = _replacing(own, instead[layer, here][:, :, own])
+        for layer, own in by_layer.items():
+            change["z", layer] = partial(replace, own=own, new=instead[layer, here])
         if how == "pattern":
             clean = patterns(model, chunk)
             opened = attention(model, lambda layer, probabilities: clean[layer])
@@ -80,22 +86,11 @@ def control_heads(chosen, heads: int, seed: int = 0) -> list[tuple[int, int]]:
         others = [head for head in range(heads) if (layer, head) not in chosen]
         needed = heads - len(others)
         if needed > len(others):
-            raise ValueError(
-                f"chosen: has {needed} of the {heads} heads of layer {layer}; choose at most half"
-            )
+            has = f"{needed} of the {heads} heads of layer {layer}"
+            raise ValueError(f"chosen: has {has}; choose at most half")
         others = sorted(generator.choice(others, needed, replace=False))
         drawn += [(layer, int(head)) for head in others]
     return drawn
-
-
-def _replacing(heads: list, instead):
-    """A change of z (batch, position, head, head_dim): these heads' becomes `instead`."""
-
-    def replace(z):
-        z[:, :, heads] = instead
-        return z
-
-    return replace
 
 
 def _another(count: int, seed: int) -> torch.Tensor:

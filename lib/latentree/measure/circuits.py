@@ -1,5 +1,7 @@
 """Circuits: what one part of a model hands to one head, by cutting that path alone."""
 
+from itertools import product
+
 import pandas as pd
 import torch
 
@@ -46,15 +48,13 @@ def paths_into(model, tokens, receiver: tuple[int, int], scores) -> pd.DataFrame
     `scores(logits)` is a dict of numbers. Columns part ("head 0 2", "mlp 0", "embedding"), into (q,
     k, v), score (its name) and rise, the score with the path cut minus that of the clean run.
     """
-    senders = [("embedding",)]
+    senders, heads = [("embedding",)], range(model.config.num_attention_heads)
     for layer in range(receiver[0]):
-        heads = range(model.config.num_attention_heads)
         senders += [*(("head", layer, head) for head in heads), ("mlp", layer)]
     clean, rows = scores(run(model, tokens, ["logits"])["logits"]), []
-    for sender in senders:
-        for point in "qkv":
-            change = path_patch(model, tokens, sender, receiver, point)
-            cut = scores(run(model, tokens, ["logits"], change)["logits"])
-            for name, value in cut.items():
-                rows.append([" ".join(map(str, sender)), point, name, value - clean[name]])
+    for sender, point in product(senders, "qkv"):
+        change = path_patch(model, tokens, sender, receiver, point)
+        cut = scores(run(model, tokens, ["logits"], change)["logits"])
+        part = " ".join(map(str, sender))
+        rows += [[part, point, name, value - clean[name]] for name, value in cut.items()]
     return pd.DataFrame(rows, columns=["part", "into", "score", "rise"])

@@ -27,16 +27,15 @@ def stimulus(
     """
     fields = held_out(corpus, sequences, context)
     tokens, document = fields["tokens"], fields["document"]
-    allowed = torch.zeros_like(tokens, dtype=torch.bool)
-    allowed[:, :-1] = document[:, 1:] == document[:, :-1]
-    allowed[:, : context // 2] = False
+    allowed = document == document.roll(-1, 1)
+    allowed[:, : context // 2] = allowed[:, -1:] = False
     if where is not None:
         allowed &= where
     drawn = torch.rand(allowed.shape, generator=torch.Generator().manual_seed(seed))
     at = drawn.masked_fill(~allowed, -1).argmax(1)
     target = tokens[torch.arange(sequences), at + 1]
     grammar = grammar or corpus.grammar
-    state, peers = syntactic_states(grammar, fields), None
+    state, peers = _syntactic_states(grammar, fields), None
     if grammar is not None:
         role = torch.as_tensor(grammar.role_of)
         peers = role == role[target][:, None]
@@ -45,16 +44,15 @@ def stimulus(
     return Stimulus(tokens, at, target, state, seed, peers).of(allowed.any(1))
 
 
-def syntactic_states(grammar, fields) -> torch.Tensor:
+def _syntactic_states(grammar, fields) -> torch.Tensor:
     """A number (sequence, position) for the roles of the sentence so far; 0 without a grammar.
 
-    `fields` are held_out's; without the field role, the grammar reads roles from the tokens. An end
-    token closes a sentence, and so does the end of a document.
+    `fields` are held_out's. An end token closes a sentence, and so does the end of a document.
     """
     tokens, document = fields["tokens"], fields["document"]
     if grammar is None:
         return torch.zeros_like(tokens)
-    role = fields["role"] if "role" in fields else torch.as_tensor(grammar.role_of)[tokens]
+    role = torch.as_tensor(grammar.role_of)[tokens]
     begins = torch.ones_like(tokens, dtype=torch.bool)
     begins[:, 1:] = (tokens[:, :-1] == grammar.end) | (document[:, 1:] != document[:, :-1])
     numbers, states, state = {}, [], None
@@ -64,7 +62,7 @@ def syntactic_states(grammar, fields) -> torch.Tensor:
     return torch.tensor(states).view_as(tokens)
 
 
-def draw_donors(state, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_donors(state, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """For each position one of the same state in another sequence: (sequence, position) numbers.
 
     It is drawn uniformly; a position without any is its own donor. `state` is (sequence, position).
@@ -110,10 +108,9 @@ class Stimulus:
         ValueError if less than 2 are left.
         """
         if kept.sum() < 2:
-            raise ValueError(
-                f"where: leaves {int(kept.sum())} of {len(kept)} sequences a position with a "
-                "donor; allow more positions or states, or give more sequences, for 2 or more"
-            )
+            left = f"{int(kept.sum())} of {len(kept)} sequences a position with a donor"
+            mend = "allow more positions or states, or give more sequences, for 2 or more"
+            raise ValueError(f"where: leaves {left}; {mend}")
         fields = (self.tokens, self.at, self.target, self.state)
         peers = None if self.peers is None else self.peers[kept]
         shown = Stimulus(*(field[kept] for field in fields), self.seed, peers)
@@ -124,9 +121,9 @@ class Stimulus:
     @cached_property
     def same_state(self):
         """Donors of the same syntactic state."""
-        return draw_donors(self.state, self.seed)
+        return _draw_donors(self.state, self.seed)
 
     @cached_property
     def any_state(self):
         """Donors of any state."""
-        return draw_donors(torch.zeros_like(self.state), self.seed)
+        return _draw_donors(torch.zeros_like(self.state), self.seed)

@@ -29,7 +29,12 @@ def divergence(logits, prompts: Prompts) -> torch.Tensor:
     return surprise + torch.special.xlogy(prompts.gold, prompts.gold).sum(-1)
 
 
-def surprise(logits, prompts: Prompts) -> torch.Tensor:
+def accuracy(logits, prompts: Prompts) -> torch.Tensor:
+    """Whether the top word is the one most likely in truth: (prompt,) 0 or 1, float64."""
+    return (logits.argmax(-1) == prompts.gold.argmax(-1)).double()
+
+
+def _surprise(logits, prompts: Prompts) -> torch.Tensor:
     """Minus the log-probability, in nats (prompt,), of the word that is most likely in truth."""
     likely = prompts.gold.argmax(1, keepdim=True)
     return -logits.double().log_softmax(-1).gather(1, likely)[:, 0]
@@ -38,17 +43,16 @@ def surprise(logits, prompts: Prompts) -> torch.Tensor:
 # ------------------------------------------------------------------ vectors taken and added
 
 
-def states(model, tokens, row, position, rows: int = 64):
+def _states(model, contexts: Contexts, rows: int = 64):
     """Head outputs z (layer, query, head, head_dim) and logits (query, vocabulary) at queries.
 
-    `tokens` (sequence, position) run `rows` sequences at a time; row and position (query,) say
-    where the queries stand, in order of rows.
+    `rows` contexts run at a time.
     """
     z, logits = [], []
-    for first in range(0, len(tokens), rows):
-        here = (row >= first) & (row < first + rows)
-        at = (row[here] - first, position[here])
-        found = run(model, tokens[first : first + rows], ("z", "logits"))
+    for first in range(0, len(contexts.tokens), rows):
+        found = run(model, contexts.tokens[first : first + rows], ("z", "logits"))
+        here = (contexts.document >= first) & (contexts.document < first + rows)
+        at = (contexts.document[here] - first, contexts.position[here])
         z.append(found["z"][:, *at].cpu())
         logits.append(found["logits"][at].cpu())
     return torch.cat(z, 1), torch.cat(logits)
@@ -57,11 +61,9 @@ def states(model, tokens, row, position, rows: int = 64):
 @torch.no_grad()
 def attention_outputs(model, z) -> torch.Tensor:
     """What each layer's attention writes (layer, query, width), from z, without any bias."""
-    inside = Internals(model)
-    written = []
-    for layer, mixes in enumerate(z.to(model.device)):
-        written.append(inside.head_written(layer, mixes).sum(-2).cpu())
-    return torch.stack(written)
+    inside, z = Internals(model), z.to(model.device)
+    written = [inside.head_written(layer, mixes).sum(-2) for layer, mixes in enumerate(z)]
+    return torch.stack(written).cpu()
 
 
 def last_logits(model, tokens, change=None) -> torch.Tensor:
@@ -84,31 +86,63 @@ def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> t
     return last_logits(model, tokens, {point: add})
 
 
+def replaced_logits(model, tokens, z, layers, heads=slice(None)) -> torch.Tensor:
+    """`last_logits` when `heads` of each of `layers` write z at the last position.
+
+    `z` (layer, batch, head, head_dim) holds all layers and heads.
+    """
+
+    def replace(written, own):
+        written[:, -1, heads] = own[:, heads].to(written.device)
+        return written
+
+    change = {("z", layer): partial(replace, own=z[layer]) for layer in layers}
+    return last_logits(model, tokens, change)
+
+
+def _of_next_latent(contexts: Contexts, seed: int = 0) -> torch.Tensor:
+    """For each query (query,) the number of a query of the next latent, drawn with `seed`."""
+    latent = contexts.query_latent
+    there, place = latent.unique(return_inverse=True)
+    count, order = torch.bincount(place), place.argsort(stable=True)
+    wanted = (place + 1) % len(there)
+    drawn = torch.rand(len(latent), generator=torch.Generator().manual_seed(seed))
+    return order[(count.cumsum(0) - count)[wanted] + (drawn * count[wanted]).long()]
+
+
+def _random_like(vectors, seed: int = 0) -> torch.Tensor:
+    """Vectors (..., width) in random directions, of the same norms."""
+    noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    return noise * vectors.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+
+
 # ------------------------------------------------------------------ one context, layer by layer
 
 
 def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.DataFrame:
     """Improvement of zero-shot prompts by a context's attention output, added layer by layer.
 
-    `prompts` {name: one for each query of the contexts}; `rows` contexts run at a time. Returns the
-    table of `over_latents`. quantity: by how many nats the `KL` from the truth falls, or the
-    log-probability of the `gold word` rises. vector: the `own` document's, `another` one's, of the
-    next latent, a `random` one of the same norm, and `own - another`. Without a layer (-1):
-    `zero-shot` and, for SAME, `in context` are the distances themselves.
+    `prompts` {name: one for each query of the contexts}; `rows` contexts run at a time. Columns
+    prompt, vector, layer, quantity, value, low, high (95 % over latents), latents. quantity: by how
+    many nats the `KL` from the truth falls, or the log-probability of the `gold word` rises.
+    vector: the `own` document's, `another` one's, of the next latent, a `random` one of the same
+    norm, and `own - another`. Without a layer (-1): `zero-shot` and, for SAME, `in context` are the
+    distances themselves; `best layer` is own - another of the layer that one half of the latents
+    chose, on the other half, both ways.
     """
-    z, in_context = states(model, contexts.tokens, contexts.document, contexts.position, rows)
+    z, in_context = _states(model, contexts, rows)
     own = attention_outputs(model, z)
-    sets = {"own": own, "another": own[:, of_next_latent(contexts, seed)]}
-    sets["random"] = random_like(own, seed)
+    another = own[:, _of_next_latent(contexts, seed)]
+    sets = {"own": own, "another": another, "random": _random_like(own, seed)}
     found = {}
     for name, prompt in prompts.items():
         logits = {("zero-shot", -1): last_logits(model, prompt.tokens)}
         if name == SAME:
             logits["in context", -1] = in_context
-        for vector, layers in sets.items():
-            for layer, added in enumerate(layers):
-                logits[vector, layer] = added_logits(model, prompt.tokens, layer, added)
-        for quantity, distance in (("KL", divergence), ("gold word", surprise)):
+        for vector, layer in product(sets, range(len(own))):
+            added = sets[vector][layer]
+            logits[vector, layer] = added_logits(model, prompt.tokens, layer, added)
+        for quantity, distance in (("KL", divergence), ("gold word", _surprise)):
             off = {key: distance(predicted, prompt) for key, predicted in logits.items()}
             for (vector, layer), value in off.items():
                 gain = value if layer == -1 else off["zero-shot", -1] - value
@@ -116,16 +150,11 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
             for layer in range(len(own)):
                 difference = off["another", layer] - off["own", layer]
                 found[name, DIFFERENCE, layer, quantity] = difference
-    return over_latents(found, contexts.query_latent)
+    return _over_latents(found, contexts.query_latent)
 
 
-def over_latents(rows: dict, latent) -> pd.DataFrame:
-    """Means over latents of rows {(prompt, vector, layer, quantity): values (query,)}.
-
-    `latent` (query,). Columns prompt, vector, layer, quantity, value, low, high (95 % over
-    latents), latents. Where rows are of `own - another`, a `best layer` (-1) comes last: it is
-    chosen on one half of the latents and scored on the other, both ways.
-    """
+def _over_latents(rows: dict, latent) -> pd.DataFrame:
+    """The table of `layerwise`, of {(prompt, vector, layer, quantity): values (query,)}."""
     there, place = latent.unique(return_inverse=True)
     count = torch.bincount(place).double()
     table, differences = [], {}
@@ -141,22 +170,6 @@ def over_latents(rows: dict, latent) -> pd.DataFrame:
     return pd.DataFrame(table, columns=columns).assign(latents=len(there))
 
 
-def of_next_latent(contexts: Contexts, seed: int = 0) -> torch.Tensor:
-    """For each query (query,) the number of a query of the next latent, drawn with `seed`."""
-    latent = contexts.query_latent
-    there, place = latent.unique(return_inverse=True)
-    count, order = torch.bincount(place), place.argsort(stable=True)
-    wanted = (place + 1) % len(there)
-    drawn = torch.rand(len(latent), generator=torch.Generator().manual_seed(seed))
-    return order[(count.cumsum(0) - count)[wanted] + (drawn * count[wanted]).long()]
-
-
-def random_like(vectors, seed: int = 0) -> torch.Tensor:
-    """Vectors (..., width) in random directions, of the same norms."""
-    noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
-    return noise * vectors.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
-
-
 # ------------------------------------------------------------------ a function, or a bias
 
 
@@ -166,22 +179,14 @@ def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
     It is fitted to the very prompts, by iterative scaling (Darroch and Ratcliff 1972): each step
     adds log(mean truth) - log(mean prediction), and brings the predictions closer to the truth.
     """
-    log_p, (there, place) = (
-        logits.double().log_softmax(-1),
-        prompts.latent.unique(return_inverse=True),
-    )
-    wanted = torch.zeros(len(there), log_p.shape[1], dtype=torch.float64)
-    wanted = wanted.index_add(0, place, prompts.gold).clamp(min=1e-9).log()
+    log_p = logits.double().log_softmax(-1)
+    there, place = prompts.latent.unique(return_inverse=True)
+    nothing = torch.zeros(len(there), log_p.shape[1], dtype=torch.float64)
+    wanted = nothing.index_add(0, place, prompts.gold).clamp(min=1e-9).log()
     for _ in range(steps):
-        given = torch.zeros_like(wanted).index_add(0, place, log_p.exp())
-        bias = wanted - given.clamp(min=1e-9).log()
-        log_p = (log_p + bias[place]).log_softmax(-1)
+        given = nothing.index_add(0, place, log_p.exp()).clamp(min=1e-9).log()
+        log_p = (log_p + (wanted - given)[place]).log_softmax(-1)
     return log_p
-
-
-def accuracy(logits, prompts: Prompts) -> torch.Tensor:
-    """Whether the top word is the one most likely in truth: (prompt,) 0 or 1, float64."""
-    return (logits.argmax(-1) == prompts.gold.argmax(-1)).double()
 
 
 def mean_heads(z, contexts: Contexts, prompts: Prompts, latent=None) -> torch.Tensor:
@@ -205,24 +210,10 @@ def wrong_contexts(model, contexts: Contexts, length: int, seed: int = 0):
     Returns Prompts, each after `length` tokens of a query's context and under the next latent; the
     head outputs z (layer, query, head, head_dim) of the queries; and `mean_heads` of the prompts.
     """
-    under = of_next_latent(contexts, seed)
+    under = _of_next_latent(contexts, seed)
     prompts = in_context(contexts, fresh_words(contexts, seed, under), length)
-    z = states(model, contexts.tokens, contexts.document, contexts.position)[0]
+    z, _ = _states(model, contexts)
     return prompts, z, mean_heads(z, contexts, prompts)
-
-
-def replaced_logits(model, tokens, z, layers, heads=slice(None)) -> torch.Tensor:
-    """`last_logits` when `heads` of each of `layers` write z at the last position.
-
-    `z` (layer, batch, head, head_dim) holds all layers and heads.
-    """
-
-    def replace(written, own):
-        written[:, -1, heads] = own[:, heads].to(written.device)
-        return written
-
-    change = {("z", layer): partial(replace, own=z[layer]) for layer in layers}
-    return last_logits(model, tokens, change)
 
 
 def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 0) -> pd.DataFrame:
@@ -237,13 +228,12 @@ def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 
     """
     asked, z, means = wrong_contexts(model, contexts, length, seed)
     there, place = asked.latent.unique(return_inverse=True)
-    third = mean_heads(z, contexts, asked, there[(place + 1) % len(there)])
     every = z.mean(1, keepdim=True).expand_as(means)
-    noise = random_like((means - every).flatten(2), seed).view_as(means)
+    noise = _random_like((means - every).flatten(2), seed).view_as(means)
     layers = range(len(means))
     given = {
         "wanted latent": (means, layers),
-        "a third latent": (third, layers),
+        "a third latent": (mean_heads(z, contexts, asked, there[(place + 1) % len(there)]), layers),
         "mean of all": (every, layers),
         "mean and noise": (every + noise, layers),
         "other layers": (means, [at for at in layers if at != layer]),
@@ -266,8 +256,7 @@ def steering(model, contexts: Contexts, layer: int, scales, seed: int = 0) -> pd
     mean of all queries. Columns scale, way (added to that attention's output, `through the model`,
     or after the last layer, `directly` to the logits) and value.
     """
-    asked = fresh_words(contexts, seed)
-    z = states(model, contexts.tokens, contexts.document, contexts.position)[0]
+    asked, (z, _) = fresh_words(contexts, seed), _states(model, contexts)
     written = attention_outputs(model, mean_heads(z, contexts, asked))[layer]
     vector = written - attention_outputs(model, z)[layer].mean(0)
     before = divergence(last_logits(model, asked.tokens), asked).mean()
@@ -288,7 +277,7 @@ def head_effects(model, means, prompts: Prompts) -> torch.Tensor:
     """
     before = divergence(last_logits(model, prompts.tokens), prompts)
     effects = torch.zeros(means.shape[0], means.shape[2], dtype=torch.float64)
-    for layer, head in torch.ones_like(effects).nonzero().tolist():
+    for layer, head in product(*map(range, effects.shape)):
         after = replaced_logits(model, prompts.tokens, means, [layer], [head])
         effects[layer, head] = (before - divergence(after, prompts)).mean()
     return effects
@@ -297,8 +286,7 @@ def head_effects(model, means, prompts: Prompts) -> torch.Tensor:
 def readable(vectors, contexts: Contexts) -> float:
     """How often the nearest mean of a latent's vectors is the right one's; vectors (query, width).
 
-    Means are over every other document, and name the latents of the rest. Chance is one over the
-    number of latents.
+    Means are over every other document, and name the latents of the rest. Chance: 1 / latents.
     """
     learns, latent = contexts.document % 2 == 0, contexts.query_latent
     there = latent[learns].unique()

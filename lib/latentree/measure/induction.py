@@ -15,6 +15,7 @@ from latentree.measure.stimuli import RELEASED, Stimulus, Targets
 from latentree.train.model import next_token_losses
 
 _SAME_FOR_ALL = ("previous-token", RELEASED)  # targets at the same positions in every sequence
+_INTERVAL = ["value", "low", "high"]
 
 
 @torch.no_grad()
@@ -27,24 +28,55 @@ def measure(model, stimuli: dict, rows: int = 32) -> pd.DataFrame:
     the largest over heads of the release's score, order is its k. `model`: loss (nats a token),
     in-context gain, second-copy gain (nats; layer and head are -1).
 
-    Two nulls: chance is uniform attention's score, and elsewhere what the same head pays to the
-    targets of another sequence, which its positions alone can explain (not a number where all
-    sequences have the same targets).
+    Two nulls: chance is uniform attention's score, and elsewhere what the same head pays to another
+    sequence's targets, which positions alone explain (NaN where all sequences have the same ones).
     """
     tables = []
     for name, stimulus in stimuli.items():
-        sums, elsewhere, losses = _run(model, stimulus, rows)
-        scores = _score_rows(sums, elsewhere, stimulus.targets)
-        tables += [
-            scores.assign(stimulus=name),
-            _model_rows(losses, stimulus).assign(stimulus=name),
-        ]
-    table, heads = pd.concat(tables, ignore_index=True), model.config.num_attention_heads
-    number = table["head"]
-    table["layer"] = number // heads
-    table["head"] = (number % heads).where(number >= 0, -1)
-    first = ["stimulus", "score", "order", "variant", "layer", "head", "value", "low", "high"]
-    return table[[*first, "chance", "elsewhere", "queries"]]
+        targets = stimulus.targets, stimulus.targets.of_another_sequence()
+
+        def paid(part, probabilities, targets=targets):
+            here = [each.of_sequences(int(part[0]), len(part)) for each in targets]
+            return torch.stack([attention_sums(probabilities, each) for each in here], 1)
+
+        sums, losses = attended(model, stimulus.tokens, paid, rows)
+        found = _score_rows(sums, targets[0], model.config.num_attention_heads)
+        tables += [one.assign(stimulus=name) for one in (found, _model_rows(losses, stimulus))]
+    first = ["stimulus", "score", "order", "variant", "layer", "head", *_INTERVAL]
+    return pd.concat(tables, ignore_index=True)[[*first, "chance", "elsewhere", "queries"]]
+
+
+def attended(model, tokens, paid, rows: int):
+    """What `paid(part, probabilities)` finds in all layers (sequence, ..., head), and the losses.
+
+    `part` are the numbers of the sequences that run, `rows` at a time; probabilities (sequence,
+    head, query, key). Losses are those of next tokens, nats (sequence, position - 1), float64.
+    """
+    found, losses = [], []
+    for part in torch.arange(len(tokens)).split(rows):
+        layers, shown = [], tokens[part].to(model.device)
+
+        def see(layer, probabilities, part=part, layers=layers):
+            layers.append(paid(part, probabilities).cpu())
+
+        with attention(model, see):
+            logits = model(input_ids=shown, use_cache=False).logits
+        found.append(torch.cat(layers, -1))
+        losses.append(next_token_losses(logits, shown).double().cpu())
+    return torch.cat(found), torch.cat(losses)
+
+
+def head_rows(intervals, heads: int, **columns) -> pd.DataFrame:
+    """Rows (layer, head, value, low, high, ...) of intervals (3, head), heads of all layers."""
+    number = np.arange(intervals.shape[1])
+    place = {"variant": "head", "layer": number // heads, "head": number % heads}
+    return pd.DataFrame(intervals.T.numpy(), columns=_INTERVAL).assign(**place, **columns)
+
+
+def best_row(table: pd.DataFrame, head: int, sums, counts) -> pd.DataFrame:
+    """The row of a head of `head_rows` with the value of the best head, by `choose_and_score`."""
+    interval = map(float, choose_and_score(sums, counts)[:3])
+    return table.iloc[[head]].assign(variant="best", **dict(zip(_INTERVAL, interval)))
 
 
 def attention_sums(probabilities, targets: Targets) -> torch.Tensor:
@@ -59,14 +91,14 @@ def attention_sums(probabilities, targets: Targets) -> torch.Tensor:
     return sums.index_add(0, sequence * scores + score, paid).unflatten(0, (batch, scores))
 
 
-def chance(targets: Targets) -> torch.Tensor:
+def _chance(targets: Targets) -> torch.Tensor:
     """Each score (score,) of a head that attends uniformly to all it can see."""
     _, query, _, score = targets.entries
     sums = torch.zeros(len(targets.names), dtype=torch.float64)
     return sums.index_add(0, score, 1 / (query + 1).double()) / targets.queries.sum(0)
 
 
-def in_context_gain(losses, stimulus: Stimulus):
+def _in_context_gain(losses, stimulus: Stimulus):
     """How much less a repeated pair costs than its first occurrence: sums and counts (sequence,).
 
     `losses` (sequence, position - 1), nats. The gain, log p(x_q+1) at each later occurrence of
@@ -84,8 +116,7 @@ def choose_and_score(sums, counts):
 
     `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all
     sequences, and the heads (2,) chosen by the odd and the even ones. The maximum over heads does
-    not bias the value, for no sequence chooses the head that it scores; the interval takes the
-    choice as given.
+    not bias the value: no sequence chooses its head. The interval takes the choice as given.
     """
     half = torch.arange(len(sums), device=sums.device) % 2
     odd, even = half == 1, half == 0
@@ -115,67 +146,39 @@ def _best(sums, counts):
     return low.nan_to_num(-torch.inf).argmax()
 
 
-def _run(model, stimulus: Stimulus, rows: int):
-    """Attention sums on the own targets and on another sequence's, and losses, of all sequences."""
-    sums, elsewhere, losses = [], [], []
-    own, other = stimulus.targets, stimulus.targets.of_another_sequence()
-    for first in range(0, len(stimulus.tokens), rows):
-        tokens = stimulus.tokens[first : first + rows].to(model.device)
-        here, there = (t.of_sequences(first, len(tokens)) for t in (own, other))
-        on_own, on_other = [], []
+def _score_rows(sums, targets: Targets, heads: int) -> pd.DataFrame:
+    """The rows of heads, best heads and the released score.
 
-        def see(layer, probabilities):
-            on_own.append(attention_sums(probabilities, here).cpu())
-            on_other.append(attention_sums(probabilities, there).cpu())
-
-        with attention(model, see):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        sums.append(torch.cat(on_own, 2))
-        elsewhere.append(torch.cat(on_other, 2))
-        losses.append(next_token_losses(logits, tokens).double().cpu())
-    return torch.cat(sums), torch.cat(elsewhere), torch.cat(losses)
-
-
-def _score_rows(sums, elsewhere, targets: Targets) -> pd.DataFrame:
-    """The rows of heads, best heads and the released score, heads numbered through all layers.
-
-    `sums` (sequence, score, head) are of `attention_sums`.
+    `sums` (sequence, own or another's, score, head) are of `attention_sums`.
     """
-    names, levels, counts = targets.names, chance(targets).tolist(), targets.queries
-    each = torch.stack(ratio(sums, counts[..., None]))  # value, low and high (3, score, head)
-    null = elsewhere.sum(0) / counts.sum(0)[:, None]
-    rows = []
-    for number, (score, order) in enumerate(names):
-        one, count = sums[:, number], counts[:, number]
+    own, counts = sums[:, 0], targets.queries
+    null = sums[:, 1].sum(0) / counts.sum(0)[:, None]
+    tables = []
+    for number, (score, order) in enumerate(targets.names):
+        one, count = own[:, number], counts[:, number]
+        elsewhere = np.nan if score in _SAME_FOR_ALL else null[number].numpy()
+        nulls = {"chance": float(_chance(targets)[number]), "elsewhere": elsewhere}
+        about = {"score": score, "order": order, "queries": int(count.sum()), **nulls}
+        table = head_rows(torch.stack(ratio(one, count[:, None])), heads, **about)
         best = int(_best(one, count))
-        if score in _SAME_FOR_ALL:
-            null[number] = torch.nan
         if score == RELEASED:
-            shown = [("as released", best, each[:, number, best])]
+            tables.append(table.iloc[[best]].assign(variant="as released"))
         else:
-            shown = [("head", head, each[:, number, head]) for head in range(one.shape[1])]
-            shown.append(("best", best, choose_and_score(one, count)[:3]))
-        for variant, head, (value, low, high) in shown:
-            interval = {"value": float(value), "low": float(low), "high": float(high)}
-            nulls = {"chance": levels[number], "elsewhere": float(null[number, head])}
-            row = {"score": score, "order": order, "variant": variant, "head": head}
-            rows.append(row | interval | nulls | {"queries": int(count.sum())})
-    return pd.DataFrame(rows)
+            tables += [table, best_row(table, best, one, count)]
+    return pd.concat(tables)
 
 
 def _model_rows(losses, stimulus: Stimulus) -> pd.DataFrame:
     """The rows of the whole model's behaviour, from losses (sequence, position - 1)."""
-    parts = {"loss": (losses.sum(1), torch.full((len(losses),), losses.shape[1]))}
-    parts["in-context gain"] = in_context_gain(losses, stimulus)
-    if stimulus.period:
-        period = stimulus.period
+    every, period = torch.ones_like(losses, dtype=torch.int64), stimulus.period
+    parts = {"loss": (losses.sum(1), every.sum(1))}
+    parts["in-context gain"] = _in_context_gain(losses, stimulus)
+    if period:
         gain = losses[:, : period - 1] - losses[:, period : 2 * period - 1]
-        parts["second-copy gain"] = gain.sum(1), torch.full((len(gain),), period - 1)
+        parts["second-copy gain"] = gain.sum(1), every[:, : period - 1].sum(1)
     rows = []
     for score, (sums, counts) in parts.items():
-        value, low, high = (float(x) for x in ratio(sums, counts))
-        rows.append({"score": score, "value": value, "low": low, "high": high})
-        rows[-1]["queries"] = int(counts.sum())
-    return pd.DataFrame(rows).assign(
-        order=0, variant="model", head=-1, chance=np.nan, elsewhere=np.nan
-    )
+        rows.append([score, *map(float, ratio(sums, counts)), int(counts.sum())])
+    table = pd.DataFrame(rows, columns=["score", *_INTERVAL, "queries"])
+    none = {"order": 0, "layer": -1, "head": -1, "chance": np.nan, "elsewhere": np.nan}
+    return table.assign(variant="model", **none)

@@ -22,9 +22,8 @@ def next_roles(grammar: Grammar, tokens: torch.Tensor) -> tuple[torch.Tensor, li
     for row in tokens.tolist():
         prefix, states = (), []
         for token in row:
-            prefix = (
-                () if token == grammar.end else (*prefix, grammar.roles[grammar.role_of[token]])
-            )
+            role = grammar.roles[grammar.role_of[token]]
+            prefix = () if token == grammar.end else (*prefix, role)
             states.append(numbers.setdefault(prefix, len(numbers)))
         rows.append(states)
     parser, names = PrefixParser(grammar), []
@@ -45,27 +44,22 @@ def legal_mass(log_p: torch.Tensor, state: torch.Tensor, legal: torch.Tensor) ->
     return (log_p.exp() * legal[state]).sum(-1)
 
 
-def masses(
-    model, grammar: Grammar, tokens: torch.Tensor, states: tuple | None = None
-) -> pd.DataFrame:
+def masses(model, grammar: Grammar, tokens: torch.Tensor, states: tuple) -> pd.DataFrame:
     """What a model gives to roles after tokens: DataFrame (quantity, name, sequence, sum, count).
 
-    quantity "legal": `legal_mass` by the names of `next_roles` (`states`, if known), and of all
-    places ("all"). quantity "role", the released curves: the probability of the words of one
-    role after those of another, for pairs that can follow each other ("subject > verb").
+    quantity "legal": `legal_mass` by the names of `states` (`next_roles` of the tokens), and of all
+    places ("all"). quantity "role", the released curves: the probability of one role's words after
+    another's, for pairs that can follow each other ("subject > verb").
     """
-    log_p = log_probabilities(model, tokens)
-    state, names, legal = states or next_roles(grammar, tokens)
+    log_p, (state, names, legal) = log_probabilities(model, tokens), states
     mass = legal_mass(log_p, state, legal)
-    found = [sequence_sums(mass, state, names), sequence_sums(mass).assign(name="all")]
-    found = [rows.assign(quantity="legal") for rows in found]
-    words = dict(zip(grammar.roles, grammar.words))
+    legal = pd.concat([sequence_sums(mass, state, names), sequence_sums(mass).assign(name="all")])
+    found, words = [legal.assign(quantity="legal")], dict(zip(grammar.roles, grammar.words))
     pairs = followers(grammar).stack()
     for before, role in pairs[pairs > 0].index:
         after = torch.isin(tokens, torch.as_tensor(words[before]))
         mass = log_p[..., words[role]].exp().sum(-1).masked_fill(~after, torch.nan)
-        rows = sequence_sums(mass).assign(name=f"{before} > {role}", quantity="role")
-        found.append(rows)
+        found.append(sequence_sums(mass).assign(name=f"{before} > {role}", quantity="role"))
     return pd.concat(found, ignore_index=True)[["quantity", "name", "sequence", "sum", "count"]]
 
 
@@ -82,15 +76,12 @@ def followers(grammar: Grammar) -> pd.DataFrame:
     for left, right, chance in grammar.productions:
         first[left, number[right[0]]] += chance
         last[left, number[right[-1]]] += chance
-    first = np.linalg.inv(unit - first)[
-        :, symbols:
-    ]  # P(role | symbol), chains summed in closed form
-    last = np.linalg.inv(unit - last)[:, symbols:]
+    # P(role | symbol), chains summed in closed form
+    first, last = (np.linalg.inv(unit - chains)[:, symbols:] for chains in (first, last))
     pairs = np.outer(last[0], unit[number[END], symbols:])
     for left, right, chance in grammar.productions:
         for one, other in zip(right, right[1:]):
-            pairs += (
-                grammar.visits[left] * chance * np.outer(last[number[one]], first[number[other]])
-            )
+            meets = np.outer(last[number[one]], first[number[other]])
+            pairs += grammar.visits[left] * chance * meets
     table = pd.DataFrame(pairs, grammar.roles, grammar.roles).drop(index=END)
     return table.div(table.sum(axis=1), axis=0)

@@ -9,6 +9,7 @@ head needs that counts how frequent each word is.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -17,9 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data.corpus import held_out
 from latentree.evidence.intervals import ratio
-from latentree.inside.attention import attention
-from latentree.measure.induction import choose_and_score
-from latentree.train.model import next_token_losses
+from latentree.measure.induction import attended, best_row, head_rows
 
 
 @dataclass
@@ -58,10 +57,8 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
     each word and the one before are a pair, and all words are of one role.
     """
     grammar = corpus.grammar or grammar
-    callers = corpus.callers
-    rows = held_out(
-        corpus, sequences, context, annotate=lambda text: _pairs(text, grammar, callers)
-    )
+    annotate = partial(_pairs, grammar=grammar, callers=corpus.callers)
+    rows = held_out(corpus, sequences, context, annotate=annotate)
     tokens, role, document = rows["tokens"], rows["role"], rows["document"]
     alive = rows.get("alive", document)  # whose latents: a role's own, or the document's
     place, names, kind = torch.arange(context), [], torch.full_like(tokens, -1)
@@ -77,12 +74,12 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
         other = place + rows[field]  # where the other one of the pair stands
         paired = (other != place) & (other >= 0) & (other < context)
         word = tokens.gather(1, other.clamp(0, context - 1))
-        asked = paired & (other < place)
-        for path in _paths(role, place - other, asked):
-            here = asked & (place - other == len(path) - 1)
-            for distance, number in enumerate(reversed(path)):
-                here &= role.roll(distance, 1) == number
-            kind[:, :-1][here[:, 1:]] = len(names)
+        asked, queries = paired & (other < place), {}
+        for sequence, last in asked.nonzero().tolist():
+            path = role[sequence, int(other[sequence, last]) : last + 1]  # from one to the other
+            queries.setdefault(tuple(path.tolist()), []).append((sequence, last - 1))
+        for path in sorted(queries):
+            kind[tuple(torch.tensor(queries[path]).T)] = len(names)
             names.append(_told(grammar, path))
         seen = paired[:, None] & (other[:, None] <= place[:, None])  # both words of the key's pair
         keys = of_role & seen & asked.roll(-1, 1)[:, :, None]
@@ -91,15 +88,6 @@ def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
         stale |= keys & ~fresh & same(word)
     stands = (match & same(tokens)).any(2)
     return LookUps(tokens, names, kind, match, decoy, stale, bag, stands, document)
-
-
-def _paths(role, distance, asked) -> list:
-    """The roles from the first of a pair to the other, for every way in which pairs lie here."""
-    found = set()
-    for sequence, last in asked.nonzero().tolist():
-        first = last - int(distance[sequence, last])
-        found.add(tuple(role[sequence, first : last + 1].tolist()))
-    return sorted(found)
 
 
 def _told(grammar, path) -> str:
@@ -113,13 +101,11 @@ def _told(grammar, path) -> str:
 def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """Every head's look-up and role bag, and the losses, for each kind and for `all`.
 
-    Columns kind, score, variant, layer, head, value, low, high (95 % over sequences), null and
-    queries.
+    Columns kind, score, variant, layer, head, value, low, high (95 %, sequences), null and queries.
 
     - look-up, role bag: attention on the targets, over queries that have some; variants `head`,
-      and `best`: of the best head, chosen on one half of the sequences and scored on the other,
-      both ways. The null is the larger of two: a head that attends evenly, and what the same head
-      pays to the targets of another sequence, which its places alone explain.
+      and `best`, by `choose_and_score`. The null is the larger of two: a head that attends evenly,
+      and what the same head pays to another sequence's targets, which its places alone explain.
     - decoys: what a head pays to a decoy over what it pays to a match, per key, over queries that
       have both: 1 is a head that cannot tell them apart.
     - loss, nats: variants `stands` (the next word is among the matches), `matched`, `unmatched`.
@@ -128,35 +114,26 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     """
     masks = torch.stack([look_ups.match, look_ups.decoy, look_ups.bag], -1)
     masks = torch.cat([masks, masks.roll(1, 0)], -1)  # and those of another sequence
-    parts, losses = [], []
-    for first in range(0, len(look_ups.tokens), rows):
-        on, found = masks[first : first + rows].float(), []
 
-        def see(layer, probabilities):
-            found.append(torch.einsum("bhqk,bqkt->bqht", probabilities.float().cpu(), on).double())
+    def paid_to(part, probabilities):
+        on = masks[part].float()
+        return torch.einsum("bhqk,bqkt->bqth", probabilities.float().cpu(), on).double()
 
-        tokens = look_ups.tokens[first : first + rows].to(model.device)
-        with attention(model, see):
-            logits = model(input_ids=tokens, use_cache=False).logits
-        parts.append(torch.cat(found, 2))
-        losses.append(next_token_losses(logits, tokens).double().cpu())
-    paid, keys = torch.cat(parts), masks.sum(2)
-    losses, heads = pad(torch.cat(losses), (0, 1)), model.config.num_attention_heads
+    paid, losses = attended(model, look_ups.tokens, paid_to, rows)
+    keys, heads = masks.sum(2), model.config.num_attention_heads
+    losses = pad(losses, (0, 1))
+    kinds = {kind: look_ups.kind == number for number, kind in enumerate(look_ups.kinds)}
+    if kinds:
+        kinds["all"] = look_ups.kind >= 0
     every = torch.ones_like(look_ups.kind, dtype=torch.bool)
-    tables = [
-        _scored("role bag", paid[..., 2::3], keys[..., 2::3], every, heads).assign(kind="all")
-    ]
-    for number, kind in [*enumerate(look_ups.kinds), (-1, "all")] if look_ups.kinds else []:
-        here = look_ups.kind == number if number >= 0 else look_ups.kind >= 0
-        found = [
-            _scored("look-up", paid[..., 0::3], keys[..., 0::3], here, heads),
-            _decoys(paid, keys, here, heads),
-            _losses(losses, look_ups, here),
-        ]
-        tables.append(pd.concat(found).assign(kind=kind))
-    table = pd.concat(tables, ignore_index=True)
+    tables = [_scored("role bag", paid[:, :, 2::3], keys[..., 2::3], every, heads)]
+    tables[0]["kind"] = "all"
+    for kind, here in kinds.items():
+        look_up = _scored("look-up", paid[:, :, 0::3], keys[..., 0::3], here, heads)
+        of_kind = look_up, _decoys(paid, keys, here, heads), _losses(losses, look_ups, here)
+        tables += [table.assign(kind=kind) for table in of_kind]
     first = ["kind", "score", "variant", "layer", "head", "value", "low", "high"]
-    return table[[*first, "null", "queries"]]
+    return pd.concat(tables, ignore_index=True)[[*first, "null", "queries"]]
 
 
 def of_keys(keys, look_ups: LookUps) -> dict:
@@ -165,76 +142,67 @@ def of_keys(keys, look_ups: LookUps) -> dict:
     look-up, decoys (over matches, per key), role bag, and role bag elsewhere: on the role bags of
     another sequence. NaN for the decoys of a head that never attends to a match.
     """
-    keys = keys.expand_as(look_ups.match)
-    pattern = keys.double() / keys.sum(2, keepdim=True).clamp(min=1)
     match, decoy, bag = look_ups.match, look_ups.decoy, look_ups.bag
+    pattern, both = _evenly(keys.expand_as(match)), match.any(2) & decoy.any(2)
 
-    def paid(targets, queries):
-        each = (pattern * targets).sum(2) / targets.sum(2).clamp(min=1)
-        return each[queries].mean(), (pattern * targets).sum(2)[queries].mean()
+    def per_key(targets):
+        return ((pattern * targets).sum(2) / targets.sum(2).clamp(min=1))[both].mean()
 
-    both, other = match.any(2) & decoy.any(2), bag.roll(1, 0)
-    to_decoy, to_match = paid(decoy, both)[0], paid(match, both)[0]
-    scores = {"look-up": paid(match, match.any(2))[1], "decoys": to_decoy / to_match}
-    scores["role bag"] = paid(bag, bag.any(2))[1]
-    scores["role bag elsewhere"] = paid(other, other.any(2))[1]
+    scores = {"look-up": _paid(pattern, match), "decoys": per_key(decoy) / per_key(match)}
+    scores["role bag"] = _paid(pattern, bag)
+    scores["role bag elsewhere"] = _paid(pattern, bag.roll(1, 0))
     return {name: float(score) for name, score in scores.items()}
 
 
 def perfect(look_ups: LookUps) -> dict:
     """What a perfect head has beyond another sequence's targets, {score: share}, for each score."""
-    reach = {}
-    for score, targets in (("look-up", look_ups.match), ("role bag", look_ups.bag)):
-        if targets.any():
-            pattern = targets.double() / targets.sum(2, keepdim=True).clamp(min=1)
-            other = targets.roll(1, 0)
-            reach[score] = 1 - float((pattern * other).sum(2)[other.any(2)].mean())
-    return reach
+    targets = {"look-up": look_ups.match, "role bag": look_ups.bag}
+    reach = {score: 1 - float(_paid(_evenly(on), on.roll(1, 0))) for score, on in targets.items()}
+    return {score: share for score, share in reach.items() if targets[score].any()}
+
+
+def _evenly(keys):
+    """Even attention (sequence, query, key) to some keys."""
+    return keys.double() / keys.sum(2, keepdim=True).clamp(min=1)
+
+
+def _paid(pattern, targets):
+    """Mean attention to targets over the queries that have some."""
+    return (pattern * targets).sum(2)[targets.any(2)].mean()
 
 
 def _scored(score, paid, keys, here, heads) -> pd.DataFrame:
-    """Rows of one score: paid (sequence, query, head, own or another's), keys without heads."""
+    """Rows of one score: paid (sequence, query, own or another's, head), keys without heads."""
     here = torch.stack([here, here.roll(1, 0)], -1) & (keys > 0)
-    sums, counts = (paid * here[:, :, None]).sum(1), here.sum(1)
-    each = torch.stack(ratio(sums[..., 0], counts[:, :1]))
-    elsewhere = sums[..., 1].sum(0) / counts[:, 1].sum()
+    sums, counts = (paid * here[..., None]).sum(1), here.sum(1)
+    own, count = sums[:, 0], counts[:, 0]
     even = keys[..., 0] / torch.arange(1, keys.shape[1] + 1)
-    null = elsewhere.clamp(min=float(even[here[..., 0]].mean()))
-    found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
-    *interval, _ = choose_and_score(sums[..., 0], counts[:, 0])
-    found.append(_row("best", int(each[0].argmax()), interval, heads))
-    nulls = [*null.tolist(), float(null[each[0].argmax()])]
-    return pd.DataFrame(found).assign(score=score, null=nulls, queries=int(counts[:, 0].sum()))
+    null = (sums[:, 1].sum(0) / counts[:, 1].sum()).clamp(min=float(even[here[..., 0]].mean()))
+    each = torch.stack(ratio(own, count[:, None]))
+    table = head_rows(each, heads, score=score, null=null.numpy(), queries=int(count.sum()))
+    return pd.concat([table, best_row(table, int(each[0].argmax()), own, count)])
 
 
 def _decoys(paid, keys, here, heads) -> pd.DataFrame:
     """Rows of decoys over matches, per key."""
     both = here & (keys[..., :2] > 0).all(-1)
-    per_key = paid[..., :2] / keys[:, :, None, :2].clamp(min=1)
-    match, decoy = (per_key * both[..., None, None]).sum(1).unbind(-1)
-    each = torch.stack(ratio(decoy, match))
-    found = [_row("head", head, each[:, head], heads) for head in range(each.shape[1])]
-    return pd.DataFrame(found).assign(score="decoys", null=1.0, queries=int(both.sum()))
+    per_key = paid[:, :, :2] / keys[..., :2, None].clamp(min=1)
+    match, decoy = (per_key * both[..., None, None]).sum(1).unbind(1)
+    about = {"score": "decoys", "null": 1.0, "queries": int(both.sum())}
+    return head_rows(torch.stack(ratio(decoy, match)), heads, **about)
 
 
 def _losses(losses, look_ups, here) -> pd.DataFrame:
     """Rows of the loss where the answer stands, where there is a match, and where there is none."""
     matched = look_ups.match.any(2)
     cases = {"stands": look_ups.stands, "matched": matched, "unmatched": ~matched}
-    found = []
+    rows = []
     for name, where in cases.items():
         where = here & where
         interval = ratio((losses * where).sum(1), where.sum(1))
-        found.append(_row(name, -1, interval, 1) | {"queries": int(where.sum())})
-    return pd.DataFrame(found).assign(score="loss", null=float("nan"))
-
-
-def _row(variant, head, interval, heads) -> dict:
-    """A row of the table; heads are numbered through all layers, -1 is none."""
-    layer, head = divmod(head, heads) if head >= 0 else (-1, -1)
-    value, low, high = (float(number) for number in interval)
-    place = {"variant": variant, "layer": layer, "head": head}
-    return place | {"value": value, "low": low, "high": high}
+        rows.append([name, *map(float, interval), int(where.sum())])
+    table = pd.DataFrame(rows, columns=["variant", "value", "low", "high", "queries"])
+    return table.assign(score="loss", layer=-1, head=-1, null=float("nan"))
 
 
 def _pairs(documents, grammar, callers=None) -> dict:
@@ -248,16 +216,16 @@ def _pairs(documents, grammar, callers=None) -> dict:
         if callers is not None:
             called &= tokens.roll(1) < callers
         return {"role": torch.zeros_like(tokens), "pair0": -called.long()}
-    role = torch.as_tensor(grammar.role_of)[tokens]
-    fields, number = {"role": role}, {name: r for r, name in enumerate(grammar.roles)}
+    role, number = torch.as_tensor(grammar.role_of)[tokens], list(grammar.roles).index
+    fields = {"role": role}
     for at, (child, parent) in enumerate(grammar.file.habits.items()):
         if documents.shapes:
             offsets = pad_sequence([_offsets(shape, child) for shape in documents.shapes], True)
             fields[f"pair{at}"] = offsets[token["shape"], token["place"]]
-            continue
-        fits = (role == number[child]) & (role.roll(1) == number[parent])
-        fits &= token["position"] > 0
-        fields[f"pair{at}"] = fits.roll(-1).long() - fits.long()
+        else:
+            fits = (role == number(child)) & (role.roll(1) == number(parent))
+            fits &= token["position"] > 0
+            fields[f"pair{at}"] = fits.roll(-1).long() - fits.long()
     return fields if grammar.file.binding else {"role": role}
 
 

@@ -15,7 +15,6 @@ from latentree.data.sampler import GrammarProcess
 from latentree.exact.predictors import predictive
 
 _FIRST_LATENT = 1_000_000  # held-out latents from here on: no other measurement has them
-_EVERY = 16  # in text without roles every so many tokens are a query
 
 
 @dataclass
@@ -57,58 +56,52 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
     """`repetitions` held-out documents for each of `latents` latents, cut after `length` tokens.
 
     Queries stand from token `shortest` on; `first` skips latents. Of a bank there are as many
-    documents in all, in the order of its latents. A corpus without a grammar has no roles and no
-    shared latents: its state is [], each document counts as a latent of its own, and every 16th
-    token is a query. ValueError if latents change within a document, or without a query.
+    documents in all, in the order of its latents. ValueError for a corpus without a grammar, if
+    latents change within a document, or without a query.
     """
+    if corpus.grammar is None:
+        raise ValueError(f"{corpus.name}: has no grammar, so no roles; give a corpus with one")
     number = HELD_OUT + (_FIRST_LATENT + first) * repetitions + torch.arange(latents * repetitions)
-    latent = torch.arange(len(number))
-    if corpus.grammar and corpus.grammar.file.bank:
+    if corpus.grammar.file.bank:
         token = corpus.documents(number).token
         latent, order = token["latent"][token["position"] == 0].sort(stable=True)
         number = number[order]
-    elif corpus.grammar:
-        corpus, latent = sharing(corpus, repetitions), latent // repetitions
-    elif state:
-        raise ValueError(f"state = {state}: {corpus.name} has no grammar, so no roles; give []")
+    else:
+        corpus = _sharing(corpus, repetitions)
+        latent = torch.arange(latents).repeat_interleave(repetitions)
     documents = corpus.documents(number)
     token = documents.token
     row, position = token["document"], token["position"]
     sizes = torch.bincount(row)
     query = (position >= shortest) & (position < length) & (position < sizes[row] - 1)
-    if state:
-        query &= token["place"] == len(state) - 1
-        for back, role in enumerate(reversed(state)):
-            query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
-    else:
-        query &= (position % _EVERY == 0) & (position < length - 1)
+    query &= token["place"] == len(state) - 1
+    for back, role in enumerate(reversed(state)):
+        query &= token["role"].roll(back) == corpus.grammar.roles.index(role)
     if not query.any():
-        raise ValueError(
-            f"state = {state}: is nowhere between tokens {shortest} and {length} of documents of "
-            f"{corpus.name}; give another state or longer contexts"
-        )
+        where = f"between tokens {shortest} and {length} of documents of {corpus.name}"
+        raise ValueError(f"state = {state}: is nowhere {where}; give another or longer contexts")
     texts = documents.tokens.split(sizes.tolist())
     tokens = pad_sequence(texts, batch_first=True, padding_value=corpus.end)[:, :length]
     return Contexts(corpus, state, tokens, latent, row[query], position[query], documents)
 
 
-def sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
+def _sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
     """The same corpus with so many documents for each latent.
 
     ValueError if latents change within a document.
     """
     file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
+        mend = "give a grammar that redraws for whole documents, so that each has one latent"
         raise ValueError(
-            f"{corpus.name}: redraws latents within documents, {file['redraw']}; give a grammar "
-            "that redraws for whole documents, so that each has one latent"
+            f"{corpus.name}: redraws latents within documents, {file['redraw']}; {mend}"
         )
     return GrammarProcess(Grammar(file), corpus.seed)
 
 
 def same_words(contexts: Contexts) -> Prompts:
-    """For each query a zero-shot prompt of its own words. Without roles, gold is what followed."""
-    back = torch.arange(1 - max(1, len(contexts.state)), 1)
+    """For each query a zero-shot prompt of its own words."""
+    back = torch.arange(1 - len(contexts.state), 1)
     words = contexts.tokens[contexts.document[:, None], contexts.position[:, None] + back]
     return _prompts(contexts, contexts.document, words)
 
@@ -119,11 +112,15 @@ def fresh_words(contexts: Contexts, seed: int = 0, under=None) -> Prompts:
     They are drawn with `seed`; where all words of a role were shown, from all of them. With `under`
     (query,), numbers of queries, each is under that query's latent.
     """
+    corpus, generator, drawn = contexts.corpus, torch.Generator().manual_seed(seed), []
     later = torch.arange(contexts.tokens.shape[1]) > contexts.position[:, None]
-    shown = contexts.tokens[contexts.document].masked_fill(later, contexts.corpus.end)
-    unseen = torch.ones(len(shown), contexts.corpus.vocabulary_size).scatter(1, shown, 1e-9)
+    shown = contexts.tokens[contexts.document].masked_fill(later, corpus.end)
+    unseen = torch.ones(len(shown), corpus.vocabulary_size).scatter(1, shown, 1e-9)
+    for role in contexts.state:
+        words = torch.as_tensor(corpus.grammar.words[corpus.grammar.roles.index(role)])
+        drawn.append(words[torch.multinomial(unseen[:, words], 1, generator=generator)])
     document = contexts.document if under is None else contexts.document[under]
-    return _prompts(contexts, document, _draw_words(contexts, unseen, seed))
+    return _prompts(contexts, document, torch.cat(drawn, 1))
 
 
 def in_context(contexts: Contexts, prompts: Prompts, length: int) -> Prompts:
@@ -133,37 +130,17 @@ def in_context(contexts: Contexts, prompts: Prompts, length: int) -> Prompts:
     """
     begin = contexts.position - len(contexts.state) + 1
     if begin.min() < length:
-        raise ValueError(
-            f"length = {length}: a query has {int(begin.min())} tokens before its sentence; give "
-            "at most these"
-        )
+        has = f"a query has {int(begin.min())} tokens before its sentence"
+        raise ValueError(f"length = {length}: {has}; give at most these")
     before = begin[:, None] - length + torch.arange(length)
     shown = contexts.tokens[contexts.document[:, None], before]
     return Prompts(torch.cat([shown, prompts.tokens[:, 1:]], 1), prompts.gold, prompts.latent)
-
-
-def _words(grammar: Grammar, role: str) -> torch.Tensor:
-    """The tokens of a role (words,)."""
-    return torch.as_tensor(grammar.words[grammar.roles.index(role)])
-
-
-def _draw_words(contexts: Contexts, weights, seed: int) -> torch.Tensor:
-    """A word for each role of the state (prompt, state), by weights (prompt, vocabulary)."""
-    generator, columns = torch.Generator().manual_seed(seed), []
-    for role in contexts.state:
-        words = _words(contexts.corpus.grammar, role)
-        columns.append(words[torch.multinomial(weights[:, words], 1, generator=generator)[:, 0]])
-    return torch.stack(columns, 1)
 
 
 def _prompts(contexts: Contexts, document, words) -> Prompts:
     """Prompts of `words` (prompt, state) after the end token, under the latents of `document`."""
     corpus, source, count = contexts.corpus, contexts.source, words.shape[1] + 1
     tokens = torch.cat([torch.full_like(words[:, :1], corpus.end), words], 1)
-    if not contexts.state:  # one prompt for each query, whose next token is known
-        followed = contexts.tokens[document, contexts.position + 1]
-        gold = torch.nn.functional.one_hot(followed, corpus.vocabulary_size).double()
-        return Prompts(tokens, gold, contexts.latent[document])
     maps = len(next(iter(source.maps.values())))  # as many as documents, or one for all
     token = {
         "tokens": torch.cat([words, words[:, -1:]], 1).flatten(),  # the last word is not looked at

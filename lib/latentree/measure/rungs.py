@@ -19,9 +19,8 @@ from latentree.train.model import log_probabilities
 
 def ladder(process: FilteredTree, leaves: torch.Tensor) -> dict:
     """{rung: law (sequence, leaf, symbol)} of the next symbol: "nothing", "filter 4", ... to 0."""
-    laws = {
-        f"filter {k}": next_symbol_laws(process, leaves, k) for k in range(process.depth, -1, -1)
-    }
+    filters = range(process.depth, -1, -1)
+    laws = {f"filter {k}": next_symbol_laws(process, leaves, k) for k in filters}
     return {"nothing": torch.full_like(laws["filter 0"], 1 / process.symbols)} | laws
 
 
@@ -98,7 +97,6 @@ def attention_by_distance(model, tokens: torch.Tensor) -> pd.DataFrame:
         keys = ((height == distance) & (place < place[:, None])).float()
         queries = keys.any(1)
         even = (keys.sum(1) / (place + 2))[queries].mean()
-        for layer, of_layer in enumerate(paid[:, 1:, 1:]):
-            value = float((of_layer * keys).sum(1)[queries].mean() / even)
-            found.append({"block": layer + 1, "distance": distance, "value": value})
-    return pd.DataFrame(found)
+        over_even = (paid[:, 1:, 1:] * keys).sum(2)[:, queries].mean(1) / even
+        found += [(block, distance, value) for block, value in enumerate(over_even.tolist(), 1)]
+    return pd.DataFrame(found, columns=["block", "distance", "value"])

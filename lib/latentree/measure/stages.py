@@ -23,15 +23,13 @@ def windows_with_calls(process: GrammarProcess, sequences: int, context: int) ->
     """Held-out windows with the fields called and called_above (sequence, position).
 
     They are the token that an earlier word calls for, by all latents and by those of the highest
-    level that redraws some; -1 where no earlier word calls. ValueError for recursive grammars, and
-    where nothing is redrawn.
+    level that redraws some; -1 for none. ValueError if recursive, or if nothing is redrawn.
     """
     grammar = process.grammar
     if grammar.shapes is None or not _redrawn(grammar):
-        raise ValueError(
-            f"{process.name}: recursive, or redraws nothing {grammar.file.redraw}, so that levels "
-            "cannot be told apart; choose another grammar"
-        )
+        what = f"recursive, or redraws nothing {grammar.file.redraw}"
+        mend = "so that levels cannot be told apart; choose another grammar"
+        raise ValueError(f"{process.name}: {what}, {mend}")
 
     def annotate(documents):
         above = _of_highest_level(process, documents)
@@ -85,8 +83,7 @@ def _called(grammar, documents):
     token, tokens = documents.token, documents.tokens
     place, role = token["place"], token["role"]
     binds = [torch.tensor(shape.binds_to) for shape in documents.shapes]
-    binds = pad_sequence(binds, batch_first=True, padding_value=-1)
-    parent = binds[token["shape"], place]
+    parent = pad_sequence(binds, True, padding_value=-1)[token["shape"], place]
     called = torch.full_like(tokens, -1)
     for child, habit in documents.habits.items():
         bound = (parent >= 0) & (parent < place) & (role == grammar.roles.index(child))

@@ -110,18 +110,15 @@ def stimuli(corpus, sequences: int, context: int, seed: int = 0) -> dict[str, St
 
     - natural: held-out documents, as many as fill the context.
     - legal repeat: the first half of a natural one, twice.
-    - skeleton repeat, of a corpus with a grammar: the roles of that half, with words drawn
-      uniformly from each role, twice.
+    - skeleton repeat, with a grammar: that half's roles, words drawn uniformly from each, twice.
     - random repeat: a row of tokens drawn uniformly from the vocabulary, twice.
 
-    Words are drawn with `seed`. Raises ValueError for an odd context, or less than 2 sequences of 4
-    tokens.
+    Words are drawn with `seed`. ValueError for an odd context, or for less than 2 rows of 4 tokens.
     """
     if context % 2 or context < 4 or sequences < 2:
-        raise ValueError(
-            f"context = {context}, sequences = {sequences}: cannot be halved; give an even context "
-            "from 4 up and 2 sequences or more"
-        )
+        sizes = f"context = {context}, sequences = {sequences}"
+        mend = "give an even context from 4 up and 2 sequences or more"
+        raise ValueError(f"{sizes}: cannot be halved; {mend}")
     half, natural = context // 2, held_out(corpus, sequences, context)
     tokens = natural["tokens"]
     generator = torch.Generator().manual_seed(seed)
@@ -133,10 +130,8 @@ def stimuli(corpus, sequences: int, context: int, seed: int = 0) -> dict[str, St
         sizes = torch.as_tensor(corpus.grammar.sizes)[role]
         share = torch.rand(role.shape, generator=generator, dtype=torch.float64)
         repeated["skeleton repeat"] = begins + (share * sizes).long()
-    found = {"natural": Stimulus(tokens, natural["document"])}
-    for name, once in repeated.items():
-        found[name] = Stimulus(once.repeat(1, 2), period=half)
-    return found
+    twice = {name: Stimulus(once.repeat(1, 2), period=half) for name, once in repeated.items()}
+    return {"natural": Stimulus(tokens, natural["document"])} | twice
 
 
 def bound_queries(grammar, tokens) -> torch.Tensor | None:
@@ -146,9 +141,8 @@ def bound_queries(grammar, tokens) -> torch.Tensor | None:
     """
     if grammar is None or not grammar.file.habits:
         return None
-    roles, role = list(grammar.roles), torch.as_tensor(grammar.role_of)[tokens]
+    role, number = torch.as_tensor(grammar.role_of)[tokens], list(grammar.roles).index
     bound = torch.zeros_like(tokens, dtype=torch.bool)
     for child, parent in grammar.file.habits.items():
-        here, after = role[:, :-1] == roles.index(parent), role[:, 1:] == roles.index(child)
-        bound[:, :-1] |= here & after
+        bound[:, :-1] |= (role[:, :-1] == number(parent)) & (role[:, 1:] == number(child))
     return bound

@@ -5,13 +5,14 @@ probabilities (sequence, segment, answer) of each answer from cues and answers (
 its own cue and the segments before it being known. The fourth looks into a model.
 """
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 import torch
 
 from latentree.data.codebook import Codebook
 from latentree.exact.codebook import losses, reader
-from latentree.inside.names import Internals
 from latentree.inside.trace import run
 
 
@@ -28,8 +29,7 @@ def predictions(model, book: Codebook, cue, answer, change=None) -> torch.Tensor
 def forgetting(predict, cue, answer, windows) -> torch.Tensor:
     """Excess loss in nats (window, sequence) at the last answer, of who gets the last segments.
 
-    `windows` are numbers of earlier segments. The text begins with them, as every sequence begins
-    somewhere: nothing is masked.
+    `windows` are numbers of earlier segments. The text begins with them; nothing is masked.
     """
     whole = losses(predict(cue, answer), answer)[:, -1]
     found = []
@@ -43,20 +43,22 @@ def forgetting(predict, cue, answer, windows) -> torch.Tensor:
 
 
 def donors(book: Codebook, cue, latent, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Another code for each sequence (sequence,), and its answers (sequence, segment) to the cues.
+    """Another code's answers (sequence, segment) to the cues, and what both codes say of the last.
 
-    Of the codes that answer the last cue otherwise, one at random; its answers are noisy as all
-    are. Raises ValueError if there is no such code.
+    Of the codes that answer the last cue otherwise than `latent` (sequence,), one at random; its
+    answers are noisy as all are. Both codes' answers to the last cue are (sequence, 2), the own
+    code's first. ValueError if there is no such code.
     """
     draw = torch.Generator().manual_seed(seed)
     last = book.code[:, cue[:, -1]].T  # (sequence, code)
     differ = last != last.gather(1, latent[:, None])
     if not differ.any(1).all():
         raise ValueError(f"{book.name}: all codes answer a cue alike; give more codes")
-    other = torch.multinomial(differ.double(), 1, generator=draw)[:, 0]
+    other = torch.multinomial(differ.double(), 1, generator=draw)
     noisy = torch.rand(cue.shape, generator=draw) < book.noise
     random = torch.randint(book.answers, cue.shape, generator=draw)
-    return other, torch.where(noisy, random, book.code[other[:, None], cue])
+    sides = last.gather(1, torch.cat([latent[:, None], other], 1))
+    return torch.where(noisy, random, book.code[other, cue]), sides
 
 
 def followed(predict, book: Codebook, cue, answer, latent, distances, seed=0) -> torch.Tensor:
@@ -65,16 +67,14 @@ def followed(predict, book: Codebook, cue, answer, latent, distances, seed=0) ->
     A run of half of the earlier segments, the nearest of them at one of `distances` from the last,
     gets the `donors`' answers. Found is what the donor's answer to the last cue has of the sum of
     its and the own code's probability: 0 to 1. Segments are exchangeable, so that for the reader
-    the distance makes no difference but by chance. Raises ValueError for a run that does not fit.
+    the distance makes no difference but by chance. ValueError for a run that does not fit.
     """
     earlier = book.segments - 1
     length = earlier // 2
-    if min(distances) < 1 or max(distances) > earlier - length + 1:
-        raise ValueError(
-            f"distances = {list(distances)}: give some from 1 to {earlier - length + 1}"
-        )
-    other, given = donors(book, cue, latent, seed)
-    sides = book.code[torch.stack([latent, other], 1), cue[:, -1:]]
+    furthest = earlier - length + 1
+    if min(distances) < 1 or max(distances) > furthest:
+        raise ValueError(f"distances = {list(distances)}: give some from 1 to {furthest}")
+    given, sides = donors(book, cue, latent, seed)
     found, place = [], torch.arange(book.segments)
     for distance in distances:
         end = earlier - distance
@@ -98,43 +98,30 @@ def reuse(model, book: Codebook, cue, answer, latent, recent: int = 4, seed: int
     says nothing of a code. Part `exact` is the exact reader of exchanged answers, and site `none`
     the undisturbed model.
     """
-    other, given = donors(book, cue, latent, seed)
-    sides = book.code[torch.stack([latent, other], 1), cue[:, -1:]]
+    given, sides = donors(book, cue, latent, seed)
     texts = (cue, answer), (cue, given), (cue.roll(1, 0), given)
     streams = [run(model, book.tokens(*text)[:, :-1], ["stream"])["stream"] for text in texts]
     change, others = (stream - streams[0] for stream in streams[1:])
     parts = {"whole": change, "token": change[:1].expand_as(change)}
     parts |= {"written": change - change[:1], "other cues": others - others[:1]}
-    earlier, rows = torch.arange(book.segments - 1), []
-
-    def note(site, part, layer, log_p):
-        p = log_p[:, -1].gather(1, sides)
-        rows.append((site, part, layer, int((p[:, 1] > p[:, 0]).sum()), len(p)))
-
-    note("none", "whole", 0, predictions(model, book, cue, answer))
+    found = {("none", "whole", 0): predictions(model, book, cue, answer)}
+    earlier = torch.arange(book.segments - 1)
     for site, segments in {"all": earlier, "recent": earlier[-recent:]}.items():
-        exchanged = answer.index_copy(1, segments, given[:, segments])
-        note(site, "exact", 0, reader(book, cue, exchanged))
-        for (part, added), layer in _pairs(parts, Internals(model).layers):
-            patch = _added(1 + 2 * segments, added[layer])
+        at, exchanged = 1 + 2 * segments, answer.index_copy(1, segments, given[:, segments])
+        found[site, "exact", 0] = reader(book, cue, exchanged)
+        for part, layer in product(parts, range(len(change) - 1)):
+
+            def patch(stream, added=parts[part][layer]):
+                stream[:, at] += added[:, at]
+                return stream
+
             log_p = predictions(model, book, cue, answer, {("stream", layer): patch})
-            note(site, part, layer, log_p)
+            found[site, part, layer] = log_p
+    rows = []
+    for key, log_p in found.items():
+        own, other = log_p[:, -1].gather(1, sides).T
+        rows.append((*key, int((other > own).sum()), len(own)))
     return pd.DataFrame(rows, columns=["site", "part", "layer", "followed", "count"])
-
-
-def _pairs(parts, layers):
-    """Each part with each layer."""
-    return [(part, layer) for part in parts.items() for layer in range(layers)]
-
-
-def _added(at, what):
-    """A change of a stream: at some positions something is added."""
-
-    def change(stream):
-        stream[:, at] += what[:, at]
-        return stream
-
-    return change
 
 
 # ---------------------------------------------------------------------- similarity
@@ -147,25 +134,21 @@ def transfers(predict, book: Codebook) -> torch.Tensor:
     reader it is the mutual information of both answers, and of a table of cues 0 between different
     cues. All pairs and answers are gone through, weighed as the process gives them.
     """
-    earlier, asked, told = torch.meshgrid(
-        *(torch.arange(n) for n in (book.cues, book.cues, book.answers)), indexing="ij"
-    )
-    cue = torch.stack([earlier, asked], -1).flatten(0, 2)
-    answer = torch.stack([told, told], -1).flatten(0, 2)
+    sizes = book.cues, book.cues, book.answers
+    cases = torch.cartesian_prod(*map(torch.arange, sizes))  # earlier cue, asked cue, told answer
+    cue, answer = cases[:, :2], cases[:, 2:].expand(-1, 2)
     log_p = predict(cue, answer)[:, 1]  # (pair and told answer, answer)
     alone = predict(cue[:, 1:], answer[:, 1:])[:, 0]
-    shape = (book.cues, book.cues, book.answers, book.answers)
     says = torch.nn.functional.one_hot(book.code, book.answers).double()
     each = (1 - book.noise) * says + book.noise / book.answers  # (code, cue, answer)
     joint = torch.einsum("kea,kbc->ebac", each, each) / len(each)
-    return (joint * (log_p - alone).view(shape)).sum((2, 3)).T
+    return (joint * (log_p - alone).view(*sizes, -1)).sum((2, 3)).T
 
 
 def alike(found, expected, draws: int = 999, seed: int = 0) -> tuple[float, float]:
     """Correlation of two square tables off their diagonals, and its p by permutation.
 
-    Rows and columns of one are permuted together (Mantel 1967). A table without spread has
-    correlation 0.
+    Rows and columns of one are permuted together (Mantel 1967). 0 for a table without spread.
     """
     found, expected = np.asarray(found), np.asarray(expected)
     off, draw = ~np.eye(len(found), dtype=bool), np.random.default_rng(seed)
