@@ -29,10 +29,8 @@ class LookUps:
       past a word in between "verb past subject to object", and from a child to its parent, the
       inverse, "verb to subject".
     - kind (sequence, query): the number of the query's kind, -1 where there is nothing to look up.
-    - match, decoy (sequence, query, key): the keys that were in a pair with the same word, or with
-      another.
-    - stale (sequence, query, key): keys that were in a pair with the same word, but under latents
-      that no longer hold.
+    - match, decoy, stale (sequence, query, key): keys that were in a pair with the same word, with
+      another, or with the same word under latents that no longer hold.
     - bag (sequence, query, key): the earlier words of the next word's role, in its document.
     - stands (sequence, query): whether the next word is one of those that match.
     - document (sequence, position): the number of each token's document.
