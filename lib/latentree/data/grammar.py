@@ -236,3 +236,21 @@ class Grammar:
 
         tree = nltk.Tree("sentence", [grow(), END])
         return Shape((*roles, END), (*binds_to, -1), tree, probability)
+
+
+def open_binding(shapes):
+    """The first roles of a sentence that leave open whom their last word follows; None: no such.
+
+    Whom a word follows is told by the places of its parent, of that one's parent, and so on.
+    """
+    node_of, followed = {}, {}
+    for shape in shapes:
+        node = 0
+        for place, role in enumerate(shape.roles):
+            node = node_of.setdefault((node, role), len(node_of) + 1)  # of the roles so far
+            line = [place]
+            while line[-1] >= 0:
+                line.append(shape.binds_to[line[-1]])
+            if followed.setdefault(node, line) != line:
+                return shape.roles[: place + 1]
+    return None
