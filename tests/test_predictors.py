@@ -18,6 +18,7 @@ from latentree.exact.predictors import (
     role_losses,
     token_losses,
 )
+from latentree.exact.reader import reader_losses
 
 ORDERS = """
 Sentence -> 'noun' 'verb' [0.3] | 'verb' 'noun' [0.3]
@@ -248,3 +249,15 @@ def test_looking_back_is_worth_nothing_in_single_flat_clauses():
     assert in_sentence(grammar) == pytest.approx(without, abs=1e-12)
     longer = load_corpus("bound-flat").grammar
     assert in_sentence(longer) < expected(longer).iloc[-1].syntax_only - 0.04
+
+
+def test_a_recursive_grammar_whose_roles_leave_a_binding_open_is_refused():
+    sentence = "S -> 'noun' 'verb' [0.4] | N 'verb' [0.2] | S 'and' S [0.4]\nN -> 'noun' [1.0]"
+    grammar = make(sentence, binding=0.5, habits={"verb": "noun"})
+    process = GrammarProcess(grammar)
+    documents = process.documents(range(20))
+    with pytest.raises(ValueError, match="leaves open whom its last word follows"):
+        token_losses(grammar, documents)
+    assert token_losses(grammar, documents, latent_aware=False).isfinite().all()
+    with pytest.raises(ValueError, match="the ideal reader is not known"):
+        reader_losses(process, {}, torch.zeros(1, 1))

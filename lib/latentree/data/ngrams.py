@@ -202,7 +202,7 @@ class Chain(Corpus):
         self.order = order
         self._sentences = parent.grammar.file.document.per_document("sentence")
         needed = int(sample_tokens / parent.mean_document_length) + 1
-        sample = parent.documents(torch.arange(needed)).tokens
+        sample = parent.documents(torch.arange(needed), detail=False).tokens
         gram = torch.zeros_like(sample)
         for back in range(order, -1, -1):
             gram = gram * self.vocabulary_size + sample.roll(back)
