@@ -48,7 +48,8 @@ def sentence_grammars(draw):
 def random_grammar(sentence, binding=0.0, redraw=None):
     """A Grammar for a sentence grammar over a, b, c."""
     roles = {"a": {"size": 3, "zipf": 1.0}, "b": {"size": 4, "zipf": 0.5}, "c": {"size": 2}}
-    habits = {"b": "a", "c": "b"} if binding else {}
+    together = any("'a'" in side and "'b'" in side for side in sentence.split("|"))
+    habits = {"c": "b"} | ({"b": "a"} if together else {}) if binding else {}
     redraw = redraw or {"document": 1.0}
     return make(sentence, roles=roles, binding=binding, habits=habits, redraw=redraw)
 

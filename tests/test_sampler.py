@@ -395,7 +395,8 @@ S -> 'verb' 'and' 'noun' [0.2] | S 'verb' 'noun' [0.1]
 
 @pytest.mark.parametrize("sentence", [NESTED, RECURSIVE])
 def test_roles_and_bindings_are_those_of_the_derivation(sentence):
-    corpus = process(sentence, binding=0.5, habits={"verb": "noun"})
+    habits = {"habits": {"verb": "noun"}, "binding": 0.5} if sentence == NESTED else {}
+    corpus = process(sentence, **habits)
     documents = corpus.documents(range(30))
     roles = np.array(corpus.grammar.roles)
     drawn = sentences(documents, "role")

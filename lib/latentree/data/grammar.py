@@ -78,6 +78,12 @@ class Grammar:
                 f"{_MOST_SYMBOLS} of each"
             )
         self._check_expected_length()
+        for child, parent in self.file.habits.items():
+            if not any({child, parent} <= set(rule.right) for rule in self.productions):
+                raise self._fault(
+                    f"habits: {child} follows {parent}, but no production has both, so that this "
+                    "does nothing; put both into one production, or remove the habit"
+                )
         for role, count in zip(self.roles, self.role_counts):
             if count == 0:
                 raise self._fault(f"role {role!r} is in no sentence; use it or remove it")

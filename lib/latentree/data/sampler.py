@@ -16,6 +16,7 @@ from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
 from latentree.data.derivations import Derivations
 from latentree.data.grammar import Grammar
 from latentree.data.grammar_file import LEVELS
+from latentree.data.words import words_of
 
 
 class GrammarProcess(Corpus):
@@ -84,6 +85,12 @@ class GrammarProcess(Corpus):
             shapes, number = self._derivations.shapes(counter.subkey(key, 0))
             token["shape"] = number[sentence]
         return Documents(token, len(ids), shapes, by_role, habits)
+
+    @cached_property
+    def words(self):
+        """A word for each token; a full stop for the end."""
+        *roles, _ = zip(self.grammar.roles, self.grammar.sizes.tolist())
+        return [*words_of(dict(roles)), "."]
 
     @cached_property
     def bank(self):

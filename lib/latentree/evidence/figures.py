@@ -270,21 +270,26 @@ def draw_tree(tree, ax):
     ax.axis("off")
 
 
-def draw_document(documents, roles, ax):
+def role_colours(roles) -> dict:
+    """A colour for each of the names of `roles`: those of ROLE_COLOURS, and others for the rest."""
+    others = iter(sns.color_palette("husl", len(roles)).as_hex())
+    return {role: ROLE_COLOURS.get(role) or next(others) for role in roles}
+
+
+def draw_document(documents, roles, words, ax):
     """Draw one document: a sentence a line, a box a token, coloured by role, rules at levels.
 
-    Thick rules stand between sections, thin ones between paragraphs. `roles` names the roles.
+    Thick rules stand between sections, thin ones between paragraphs. `roles` names the roles,
+    `words` (vocabulary) what is written for each token.
     """
+    shades = list(role_colours(roles).values())
     token = {name: value.tolist() for name, value in documents.token.items()}
-    for i, word in enumerate(token["tokens"]):
-        role = roles[token["role"][i]]
+    for i, number in enumerate(token["tokens"]):
         x, y = token["place"][i], -token["sentence"][i]
         ax.add_patch(
-            Rectangle(
-                (x - 0.46, y - 0.42), 0.92, 0.84, fc=ROLE_COLOURS.get(role, "#777777"), ec="none"
-            )
+            Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, fc=shades[token["role"][i]], ec="none")
         )
-        ax.text(x, y, word, ha="center", va="center", fontsize=7, color="white")
+        ax.text(x, y, words[number], ha="center", va="center", fontsize=6, color="white")
     for i in range(1, len(token["tokens"])):
         for level, width in (("section", 2.0), ("paragraph", 0.7)):
             if token[level][i] != token[level][i - 1]:
