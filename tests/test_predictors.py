@@ -11,7 +11,6 @@ from latentree.data.corpus import HELD_OUT, Documents, load_corpus
 from latentree.data.grammar import open_binding
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.ceilings import expected, in_sentence
-from latentree.exact.information import estimated, exact, exact_chain
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import (
     predictive,
@@ -218,29 +217,6 @@ def test_a_binding_that_a_later_role_tells_of_has_a_total_but_no_losses_by_role(
     table = expected(grammar)
     assert table.latent_aware[:-1].isna().all()
     assert table.latent_aware.iloc[-1] == pytest.approx(entropies(grammar)[1], abs=1e-12)
-
-
-# ---------------------------------------------------------------------- mutual information
-
-
-@pytest.mark.parametrize("name", ["bound", "bound-flat", "bound-order3"])
-def test_mutual_information_is_exact(name):
-    corpus, distances = load_corpus(name), [1, 2, 4, 9, 30]
-    documents = corpus.documents(range(6000))
-    for words in (True, False):
-        labels = np.arange(41) if words else load_corpus("bound").grammar.role_of
-        if corpus.grammar is None:  # a stationary chain has no document ends
-            formula, tolerance = exact_chain(corpus, distances, labels), 0.01
-        else:
-            formula, tolerance = exact(corpus.grammar, distances, words), 0.006
-        assert np.allclose(estimated(documents, distances, labels), formula, atol=tolerance)
-
-
-def test_information_that_has_no_formula_is_refused():
-    with pytest.raises(ValueError, match="needs redraw {document: 1.0}"):
-        exact(make(redraw={"document": 0.5}), [1])
-    with pytest.raises(ValueError, match="documents are shorter"):
-        exact(make(), [500])
 
 
 def test_looking_back_is_worth_nothing_in_single_flat_clauses():

@@ -8,7 +8,7 @@ uniformly random ones is weighed (importance sampling). A bank's latents are few
 weighed by Bayes' rule (`bank_losses`).
 """
 
-from functools import cache
+from functools import lru_cache
 from itertools import permutations
 from math import factorial
 
@@ -93,7 +93,7 @@ def reader_losses(
     not say which word follows which: this reader knows no such latents, and no such sentences.
     """
     grammar = process.grammar
-    _check_known(grammar)
+    check_known(grammar)
     shapes, choices = grammar.shapes, _maps_of(grammar, maps, seed)
     begins = np.array([words[0] for words in grammar.words])
     fields = ["tokens", "role", "place", "unit"]
@@ -139,7 +139,8 @@ def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
     return before.logsumexp(0) - (before + told).logsumexp(0)
 
 
-def _check_known(grammar):
+def check_known(grammar):
+    """ValueError, a line, if `reader_losses` does not know the ideal reader of a grammar."""
     shares = [share for share in grammar.file.redraw.values() if share > 0]
     if grammar.file.bank:
         raise ValueError(
@@ -216,7 +217,7 @@ def _learn(shape, words, word, known) -> None:
 # ---------------------------------------------------------------------- a role's words
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _frequency_of_count(counts: tuple, law: tuple) -> dict:
     """{count: expected frequency of a word seen so often}, from all words' sorted counts."""
     return dict(zip(counts, posterior_frequencies(counts, law).tolist()))
