@@ -138,6 +138,7 @@ def test_bad_grammars_are_refused_in_one_line_that_names_field_and_value():
         "redraw.document = 1.5": {"redraw": {"document": 1.5}},
         "no habits say who follows whom": {"binding": 0.5},
         "'nuon' is no role": {"habits": {"verb": "nuon"}},
+        "verb follows and, but no production has both": {"habits": {"verb": "and"}},
         "lead back in a circle": {"habits": {"verb": "noun", "noun": "verb"}},
         "kind = 'tree'": {"kind": "tree"},
     }
