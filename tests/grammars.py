@@ -1,5 +1,9 @@
 """Small grammars for the tests: one finite, one recursive, and random ones for hypothesis."""
 
+from itertools import permutations, product
+
+import numpy as np
+import torch
 from hypothesis import strategies as st
 from latentree.data.grammar import Grammar
 
@@ -44,6 +48,22 @@ def sentence_grammars(draw):
 def random_grammar(sentence, binding=0.0, redraw=None):
     """A Grammar for a sentence grammar over a, b, c."""
     roles = {"a": {"size": 3, "zipf": 1.0}, "b": {"size": 4, "zipf": 0.5}, "c": {"size": 2}}
-    habits = {"b": "a", "c": "b"} if binding else {}
+    together = any("'a'" in side and "'b'" in side for side in sentence.split("|"))
+    habits = {"c": "b"} | ({"b": "a"} if together else {}) if binding else {}
     redraw = redraw or {"document": 1.0}
     return make(sentence, roles=roles, binding=binding, habits=habits, redraw=redraw)
+
+
+def all_latents(grammar, habits):
+    """Every map with every habit, as maps and habits of documents, and their probability."""
+    laws = dict(zip(grammar.roles, grammar.frequencies))
+    tables = [permutations(words.tolist()) for words in grammar.words]
+    for child, parent in habits.items():
+        tables.append(product(range(len(laws[child])), repeat=len(laws[parent])))
+    columns = [torch.tensor(column) for column in zip(*product(*tables))]
+    maps = dict(zip(grammar.roles, columns))
+    called = dict(zip(habits, columns[len(grammar.roles) :]))
+    prior = np.ones(len(columns[0]))
+    for child, drawn in called.items():
+        prior *= laws[child][drawn.numpy()].prod(1)
+    return maps, called, prior / prior.sum()

@@ -9,7 +9,6 @@ from grammars import make
 from latentree.data.corpus import HELD_OUT, held_out, load_corpus
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.ceilings import expected, in_sentence
-from latentree.exact.information import exact
 from latentree.exact.predictors import token_losses
 from latentree.exact.reader import bank_losses, reader_losses
 
@@ -138,7 +137,5 @@ def test_what_a_bank_cannot_be_is_refused_by_name():
     process = bank()
     with pytest.raises(ValueError, match="bank = 3: its habits are no independent"):
         in_sentence(process.grammar)
-    with pytest.raises(ValueError, match="needs redraw .* no bank"):
-        exact(process.grammar, [1])
     with pytest.raises(ValueError, match="bank = 3: its reader is `bank_losses`"):
         reader_losses(process, {}, torch.zeros(1, 1))

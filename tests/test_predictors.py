@@ -1,21 +1,23 @@
 """Exact losses and informations against brute force."""
 
+from collections import defaultdict
 from itertools import permutations, product
 
 import numpy as np
 import pytest
 import torch
-from grammars import RECURSIVE, make
-from latentree.data.corpus import HELD_OUT, load_corpus
+from grammars import RECURSIVE, all_latents, make
+from latentree.data.corpus import HELD_OUT, Documents, load_corpus
+from latentree.data.grammar import open_binding
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.ceilings import expected, in_sentence
-from latentree.exact.information import estimated, exact, exact_chain
 from latentree.exact.parser import PrefixParser
 from latentree.exact.predictors import (
     predictive,
     role_losses,
     token_losses,
 )
+from latentree.exact.reader import reader_losses
 
 ORDERS = """
 Sentence -> 'noun' 'verb' [0.3] | 'verb' 'noun' [0.3]
@@ -160,27 +162,61 @@ def test_expected_losses_of_a_recursive_grammar_are_refused():
             exact_value(make(RECURSIVE))
 
 
-# ---------------------------------------------------------------------- mutual information
+# ---------------------------------------------------------------------- ambiguous grammars
+
+OVERLAP = """
+S -> A [0.6] | B [0.4]
+A -> 'noun' 'verb' [0.5] | 'noun' [0.5]
+B -> 'noun' 'verb' [0.3] | 'verb' [0.7]
+"""
+# The second noun is the verb's in one derivation and of the first noun's phrase in the other.
+ATTACHED = """
+S -> 'noun' Act [0.5] | Phrase 'verb' [0.5]
+Act -> 'and' 'noun' 'verb' [1.0]
+Phrase -> 'noun' 'and' 'noun' [1.0]
+"""
+TWOS = {"noun": {"size": 2, "zipf": 1.0}, "verb": {"size": 2, "zipf": 0.5}}
 
 
-@pytest.mark.parametrize("name", ["bound", "bound-flat", "bound-order3"])
-def test_mutual_information_is_exact(name):
-    corpus, distances = load_corpus(name), [1, 2, 4, 9, 30]
-    documents = corpus.documents(range(6000))
-    for words in (True, False):
-        labels = np.arange(41) if words else load_corpus("bound").grammar.role_of
-        if corpus.grammar is None:  # a stationary chain has no document ends
-            formula, tolerance = exact_chain(corpus, distances, labels), 0.01
-        else:
-            formula, tolerance = exact(corpus.grammar, distances, words), 0.006
-        assert np.allclose(estimated(documents, distances, labels), formula, atol=tolerance)
+def entropies(grammar):
+    """Nats a token: latents fresh in each sentence and unknown, or known; by enumeration."""
+    maps, habits, prior = all_latents(grammar, grammar.file.habits)
+    everything = defaultdict(float)
+    known = 0.0
+    for unit, weight in enumerate(prior):
+        table = brute_force(grammar, Documents({}, 1, maps=maps, habits=habits), unit)
+        known -= weight * sum(p * np.log(p) for p in table.values() if p > 0)
+        for words, p in table.items():
+            everything[words] += weight * p
+    unknown = -sum(p * np.log(p) for p in everything.values() if p > 0)
+    return unknown / grammar.mean_length, known / grammar.mean_length
 
 
-def test_information_that_has_no_formula_is_refused():
-    with pytest.raises(ValueError, match="needs redraw {document: 1.0}"):
-        exact(make(redraw={"document": 0.5}), [1])
-    with pytest.raises(ValueError, match="documents are shorter"):
-        exact(make(), [500])
+@pytest.mark.parametrize(
+    "sentence, habits",
+    [(OVERLAP, {}), (OVERLAP, {"verb": "noun"}), (ATTACHED, {}), (ATTACHED, {"verb": "noun"})],
+)
+def test_derivations_of_the_same_roles_are_weighed_not_told_apart(sentence, habits):
+    roles = TWOS | ({"and": {"size": 1}} if sentence is ATTACHED else {})
+    grammar = make(sentence, roles=roles, binding=0.8 if habits else 0.0, habits=habits)
+    unknown, known = entropies(grammar)
+    assert in_sentence(grammar) == pytest.approx(unknown, abs=1e-12)
+    if sentence is ATTACHED and habits:
+        assert open_binding(grammar.shapes) == ("noun", "and", "noun", "verb")
+        with pytest.raises(ValueError, match="'noun and noun verb' has derivations in which"):
+            expected(grammar)
+    else:
+        assert open_binding(grammar.shapes) is None
+        assert expected(grammar).latent_aware.iloc[-1] == pytest.approx(known, abs=1e-12)
+
+
+def test_a_binding_that_a_later_role_tells_of_has_a_total_but_no_losses_by_role():
+    later = "S -> 'noun' 'verb' 'and' [0.5] | N 'verb' [0.5]\nN -> 'noun' [1.0]"
+    roles = TWOS | {"and": {"size": 1}}
+    grammar = make(later, roles=roles, binding=0.8, habits={"verb": "noun"})
+    table = expected(grammar)
+    assert table.latent_aware[:-1].isna().all()
+    assert table.latent_aware.iloc[-1] == pytest.approx(entropies(grammar)[1], abs=1e-12)
 
 
 def test_looking_back_is_worth_nothing_in_single_flat_clauses():
@@ -189,3 +225,15 @@ def test_looking_back_is_worth_nothing_in_single_flat_clauses():
     assert in_sentence(grammar) == pytest.approx(without, abs=1e-12)
     longer = load_corpus("bound-flat").grammar
     assert in_sentence(longer) < expected(longer).iloc[-1].syntax_only - 0.04
+
+
+def test_a_recursive_grammar_whose_roles_leave_a_binding_open_is_refused():
+    sentence = "S -> 'noun' 'verb' [0.4] | N 'verb' [0.2] | S 'and' S [0.4]\nN -> 'noun' [1.0]"
+    grammar = make(sentence, binding=0.5, habits={"verb": "noun"})
+    process = GrammarProcess(grammar)
+    documents = process.documents(range(20))
+    with pytest.raises(ValueError, match="leaves open whom its last word follows"):
+        token_losses(grammar, documents)
+    assert token_losses(grammar, documents, latent_aware=False).isfinite().all()
+    with pytest.raises(ValueError, match="the ideal reader is not known"):
+        reader_losses(process, {}, torch.zeros(1, 1))

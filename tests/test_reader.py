@@ -6,7 +6,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
-from grammars import make
+from grammars import all_latents, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentree.data.corpus import HELD_OUT, held_out, load_corpus
@@ -99,21 +99,6 @@ def windows_with_role_losses(process, sequences, context):
         return {"role_loss": role_losses(process.grammar, documents)}
 
     return held_out(process, sequences, context, annotate=annotate)
-
-
-def all_latents(grammar, habits):
-    """Every map with every habit, as maps and habits of documents, and their probability."""
-    laws = dict(zip(grammar.roles, grammar.frequencies))
-    tables = [permutations(words.tolist()) for words in grammar.words]
-    for child, parent in habits.items():
-        tables.append(product(range(len(laws[child])), repeat=len(laws[parent])))
-    columns = [torch.tensor(column) for column in zip(*product(*tables))]
-    maps = dict(zip(grammar.roles, columns))
-    called = dict(zip(habits, columns[len(grammar.roles) :]))
-    prior = np.ones(len(columns[0]))
-    for child, drawn in called.items():
-        prior *= laws[child][drawn.numpy()].prod(1)
-    return maps, called, prior / prior.sum()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latentree.data.corpus import HELD_OUT, Stream, held_out, load_corpus
 from latentree.data.sampler import GrammarProcess
+from latentree.exact.predictors import role_losses
 from scipy.stats import chi2_contingency, chisquare
 
 ONE_SENTENCE = {"sections": 1, "paragraphs": 1, "sentences": 1}
@@ -382,3 +383,40 @@ def test_in_treeless_text_each_document_has_its_own_successors():
     shares = np.bincount(number, minlength=12) / len(number)
     assert abs(shares - 1 / 12).max() < 0.03, len(number)  # any choice, as often
     assert 1 < aware < 1.5 < without < 2.5
+
+
+# ---------------------------------------------------------------------- recursive grammars
+
+NESTED = """
+S -> 'and' S 'noun' S 'verb' [0.2] | 'noun' 'verb' [0.5]
+S -> 'verb' 'and' 'noun' [0.2] | S 'verb' 'noun' [0.1]
+"""
+
+
+@pytest.mark.parametrize("sentence", [NESTED, RECURSIVE])
+def test_roles_and_bindings_are_those_of_the_derivation(sentence):
+    habits = {"habits": {"verb": "noun"}, "binding": 0.5} if sentence == NESTED else {}
+    corpus = process(sentence, **habits)
+    documents = corpus.documents(range(30))
+    roles = np.array(corpus.grammar.roles)
+    drawn = sentences(documents, "role")
+    for row, number in zip(drawn, sentences(documents, "shape")):
+        shape = documents.shapes[number[0]]
+        assert tuple(roles[list(row)]) == shape.roles == tuple(shape.tree.leaves())
+    bindings = corpus._roles(torch.arange(40))["binds_to"]
+    shapes, number = corpus._derivations.shapes(torch.arange(40))
+    told = [place for n in number.tolist() for place in shapes[n].binds_to]
+    assert bindings.tolist() == told and (max(told) >= 0) == (sentence == NESTED)
+
+
+def test_a_derivation_may_be_a_thousand_deep_and_none_is_kept():
+    corpus = process("List -> 'noun' List [0.998] | 'noun' 'verb' 'and' [0.002]")
+    documents = corpus.documents(range(6))
+    assert max(len(shape.roles) for shape in documents.shapes) > 1000
+    text = corpus.documents([0])
+    long = int((text.token["role"] == 0).sum()) - 6  # one more noun in the last step of each of six
+    loss = float(role_losses(corpus.grammar, text).sum())
+    assert loss == pytest.approx(-6 * np.log(0.002) - long * np.log(0.998))
+    chain = [f"A{i} -> 'noun' A{i + 1} [0.9] | 'and' [0.1]" for i in range(300)]
+    finite = make("\n".join([*chain, "A300 -> 'verb' [1.0]"]))
+    assert len(finite.shapes) == 301 and max(len(s.roles) for s in finite.shapes) == 302

@@ -80,6 +80,11 @@ class Corpus(ABC):
         Without `detail` only the fields tokens and document need be filled.
         """
 
+    @property
+    def words(self) -> list[str]:
+        """A word for each token, to be shown: w0, w1, ..., unless the corpus has better ones."""
+        return [f"w{token}" for token in range(self.vocabulary_size)]
+
     @cached_property
     def digest(self):
         """Eight hex digits of all but the seed that decides what the documents are."""

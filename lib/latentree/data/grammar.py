@@ -8,14 +8,17 @@ role draws a rank from its Zipf law, which the map of the place where it stands 
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import nltk
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 
 from latentree.data.grammar_file import END, Role, checked
 
 _SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
+_MOST_SYMBOLS = 2047  # whose draws lie side by side in 64 bits, 52 of them for each
 
 
 class Production(NamedTuple):
@@ -69,7 +72,18 @@ class Grammar:
         self.vocabulary_size = int(self.sizes.sum())
         self.end = self.vocabulary_size - 1
         self.nonterminals, self.productions = self._read_sentence_grammar()
+        if max(len(self.roles), len(self.nonterminals)) > _MOST_SYMBOLS:
+            raise self._fault(
+                f"{len(self.roles)} roles and {len(self.nonterminals)} nonterminals; use at most "
+                f"{_MOST_SYMBOLS} of each"
+            )
         self._check_expected_length()
+        for child, parent in self.file.habits.items():
+            if not any({child, parent} <= set(rule.right) for rule in self.productions):
+                raise self._fault(
+                    f"habits: {child} follows {parent}, but no production has both, so that this "
+                    "does nothing; put both into one production, or remove the habit"
+                )
         for role, count in zip(self.roles, self.role_counts):
             if count == 0:
                 raise self._fault(f"role {role!r} is in no sentence; use it or remove it")
@@ -128,6 +142,8 @@ class Grammar:
         if not self.file.bank:
             unsaid.add("bank")
         said = self.file.model_dump(exclude=unsaid)
+        if self.shapes is None:
+            said["derivations"] = "by level"  # as they are drawn
         return said | {"redraw": sorted(self.file.redraw.items()), "productions": self.productions}
 
     @property
@@ -185,27 +201,34 @@ class Grammar:
     @cached_property
     def shapes(self):
         """Every derivation, most probable first; None for a recursive grammar or too many."""
-        contains = (self._offspring > 0).astype(float)
-        if np.linalg.matrix_power(contains, len(contains)).any():  # a symbol contains itself
+        groups, _ = connected_components(self._offspring > 0, connection="strong")
+        if groups < len(self.nonterminals) or self._offspring.diagonal().any():  # it is recursive
+            return None
+        derivations = list(islice(self._expansions(), _SHAPE_LIMIT + 1))
+        if len(derivations) > _SHAPE_LIMIT:
             return None
         shapes = []
-        for choices, probability in self._expand((0,)):
+        for choices in derivations:
+            probability = 1.0
+            for number in reversed(choices):
+                probability *= self.productions[number].probability
             shapes.append(self.shape(choices, probability))
-            if len(shapes) > _SHAPE_LIMIT:
-                return None
         return sorted(shapes, key=lambda shape: (-shape.probability, shape.roles))
 
-    def _expand(self, symbols):
-        """Yield (production choices, probability) for every leftmost expansion of `symbols`."""
-        while symbols and isinstance(symbols[0], str):
-            symbols = symbols[1:]
-        if not symbols:
-            yield (), 1.0
-            return
+    def _expansions(self):
+        """Yield the production choices of every leftmost derivation of a sentence."""
+        rules = [[] for _ in self.nonterminals]
         for number, production in enumerate(self.productions):
-            if production.left == symbols[0]:
-                for rest, probability in self._expand(production.right + symbols[1:]):
-                    yield (number, *rest), production.probability * probability
+            rules[production.left].append(number)
+        waiting = [((), (0,))]  # choices so far, and the nonterminals that are left
+        while waiting:
+            choices, symbols = waiting.pop()
+            if not symbols:
+                yield choices
+                continue
+            for number in reversed(rules[symbols[0]]):
+                below = tuple(self.productions[number].nonterminals)
+                waiting.append(((*choices, number), below + symbols[1:]))
 
     def shape(self, choices, probability=None):
         """The Shape that a sequence of production choices (leftmost derivation) spells out.
@@ -214,25 +237,42 @@ class Grammar:
         one it is free.
         """
         choices = iter(choices)
-        roles, binds_to = [], []
-
-        def grow():
-            production = self.productions[next(choices)]
-            children, places, first_of = [], [], {}
-            for symbol in production.right:
-                if not isinstance(symbol, str):
-                    children.append(grow())
-                    continue
-                children.append(symbol)
-                places.append(len(roles))
-                first_of.setdefault(symbol, len(roles))
-                roles.append(symbol)
-                binds_to.append(-1)
-            if self.file.binding > 0:
+        roles, binds_to, tree = [], [], nltk.Tree("sentence", [])
+        growing = [(tree, iter((0, END)), [])]  # a node, what is left of its production, its roles
+        while growing:
+            node, left, places = growing[-1]
+            symbol = next(left, None)
+            if symbol is None:
+                growing.pop()
+                first_of = {roles[place]: place for place in reversed(places)}
                 for place in places:
                     followed = self.file.habits.get(roles[place])
-                    binds_to[place] = first_of.get(followed, -1)
-            return nltk.Tree(str(self.nonterminals[production.left]), children)
+                    binds_to[place] = first_of.get(followed, -1) if self.file.binding > 0 else -1
+            elif isinstance(symbol, str):
+                node.append(symbol)
+                places.append(len(roles))
+                roles.append(symbol)
+                binds_to.append(-1)
+            else:
+                production = self.productions[next(choices)]
+                node.append(nltk.Tree(str(self.nonterminals[symbol]), []))
+                growing.append((node[-1], iter(production.right), []))
+        return Shape(tuple(roles), tuple(binds_to), tree, probability)
 
-        tree = nltk.Tree("sentence", [grow(), END])
-        return Shape((*roles, END), (*binds_to, -1), tree, probability)
+
+def open_binding(shapes):
+    """The first roles of a sentence that leave open whom their last word follows; None: no such.
+
+    Whom a word follows is told by the places of its parent, of that one's parent, and so on.
+    """
+    node_of, followed = {}, {}
+    for shape in shapes:
+        node = 0
+        for place, role in enumerate(shape.roles):
+            node = node_of.setdefault((node, role), len(node_of) + 1)  # of the roles so far
+            line = [place]
+            while line[-1] >= 0:
+                line.append(shape.binds_to[line[-1]])
+            if followed.setdefault(node, line) != line:
+                return shape.roles[: place + 1]
+    return None

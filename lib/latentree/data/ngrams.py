@@ -199,10 +199,10 @@ class Chain(Corpus):
             seed=seed,
             label=label,
         )
-        self.order = order
+        self.order, self._words = order, parent.words
         self._sentences = parent.grammar.file.document.per_document("sentence")
         needed = int(sample_tokens / parent.mean_document_length) + 1
-        sample = parent.documents(torch.arange(needed)).tokens
+        sample = parent.documents(torch.arange(needed), detail=False).tokens
         gram = torch.zeros_like(sample)
         for back in range(order, -1, -1):
             gram = gram * self.vocabulary_size + sample.roll(back)
@@ -232,6 +232,11 @@ class Chain(Corpus):
             context = context % keep * size + token
             left = left - (token == self.end).long()
         return _documents(torch.stack(tokens, 1))
+
+    @property
+    def words(self):
+        """Those of the corpus that it was estimated from."""
+        return self._words
 
     def losses(self):
         """Exact nats per token of the best predictor that sees n last tokens, for n = 0..order."""

@@ -9,13 +9,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
 from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
+from latentree.data.derivations import Derivations
 from latentree.data.grammar import Grammar
 from latentree.data.grammar_file import LEVELS
+from latentree.data.words import words_of
 
 
 class GrammarProcess(Corpus):
@@ -39,11 +40,6 @@ class GrammarProcess(Corpus):
         begins = (grammar.sizes.cumsum() - grammar.sizes).tolist()
         self._begins = torch.tensor(begins)
         self._columns = [slice(at, at + n) for at, n in zip(begins, grammar.sizes.tolist())]
-        self._shapes = list(
-            grammar.shapes or []
-        )  # a grammar with too many adds those that are drawn
-        self._shape_number = {}  # production choices -> index of the shape that they spelled out
-        self._tables = ()
 
     def changed(self, **fields):
         """The same corpus and seed, with other values for some fields of its grammar file."""
@@ -84,7 +80,17 @@ class GrammarProcess(Corpus):
         if self.grammar.file.bank:
             token["latent"] = latent[token["unit"]]
         by_role = {role: maps[:, at] for role, at in zip(self.grammar.roles, self._columns)}
-        return Documents(token, len(ids), self._shapes, by_role, habits)
+        shapes = self.grammar.shapes
+        if shapes is None:  # of these documents only: there is no end of them
+            shapes, number = self._derivations.shapes(counter.subkey(key, 0))
+            token["shape"] = number[sentence]
+        return Documents(token, len(ids), shapes, by_role, habits)
+
+    @cached_property
+    def words(self):
+        """A word for each token; a full stop for the end."""
+        *roles, _ = zip(self.grammar.roles, self.grammar.sizes.tolist())
+        return [*words_of(dict(roles)), "."]
 
     @cached_property
     def bank(self):
@@ -189,14 +195,10 @@ class GrammarProcess(Corpus):
     def _sentences(self, key, unit, maps, habits):
         """One sentence for each key, laid end to end: {field: (tokens,)}."""
         grammar = self.grammar
-        shape = self._draw_shapes(counter.subkey(key, 0))
-        roles, bindings, lengths = self._shape_tables(key.device)
-        length = lengths[shape]
-        sentence = torch.arange(len(key), device=key.device).repeat_interleave(length)
-        begins = length.cumsum(0) - length
-        place = torch.arange(len(sentence), device=key.device) - begins[sentence]
-        cell = shape[sentence] * roles.shape[1] + place
-        role, binds_to = roles.flatten()[cell], bindings.flatten()[cell]
+        token = self._roles(counter.subkey(key, 0))
+        role, place, binds_to, sentence = (
+            token[name] for name in ("role", "place", "binds_to", "sentence")
+        )
         word_key = counter.subkey(key[sentence], place + 1)
         rank = self._draw_ranks(role, word_key)
         if habits:
@@ -204,17 +206,11 @@ class GrammarProcess(Corpus):
             follows = (binds_to >= 0) & (counter.uniform(word_key + 1) < chance)
             for child in grammar.parents_first:
                 at = (follows & (role == grammar.roles.index(child))).nonzero()[:, 0]
-                parent_rank = rank[begins[sentence[at]] + binds_to[at]]
+                parent_rank = rank[at - place[at] + binds_to[at]]
                 rank[at] = habits[child][unit[sentence[at]], parent_rank]
         cell = unit[sentence] * maps.shape[1] + self._begins.to(key.device)[role] + rank
-        return {
-            "tokens": maps.flatten()[cell],
-            "role": role,
-            "rank": rank,
-            "sentence": sentence,
-            "place": place,
-            "shape": shape[sentence],
-        }
+        del token["binds_to"]
+        return {"tokens": maps.flatten()[cell], "rank": rank} | token
 
     @cached_property
     def _limits(self):
@@ -228,64 +224,37 @@ class GrammarProcess(Corpus):
         drawn = counter.uniform(key) + (role << counter.BITS)
         return torch.searchsorted(limits, drawn, right=True) - begins[role]
 
-    def _shape_tables(self, device):
-        """Roles and bindings of all known shapes (shape, longest), -1 past the end; lengths."""
-        if not self._tables or len(self._tables[2]) != len(self._shapes):
-            number = {name: r for r, name in enumerate(self.grammar.roles)}
-            roles, bindings = [], []
-            for shape in self._shapes:
-                roles.append(torch.tensor([number[name] for name in shape.roles]))
-                bindings.append(torch.tensor(shape.binds_to))
-            lengths = torch.tensor([len(row) for row in roles])
-            padded = [pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings)]
-            self._tables = (*padded, lengths)
-        return [table.to(device) for table in self._tables]
+    def _roles(self, key):
+        """Fields role, place, binds_to, sentence, shape (tokens,) of one sentence for each key.
 
-    def _draw_shapes(self, key):
-        """Index of a shape for each key: one draw if shapes are enumerated, else a derivation."""
-        if self.grammar.shapes:
-            limits = counter.thresholds([shape.probability for shape in self.grammar.shapes])
-            return counter.draw(limits.to(key.device), key)
-        rows, shape = self._derive(key).unique(dim=0, return_inverse=True)
-        numbers = []
-        for row in rows.tolist():
-            choices = tuple(choice for choice in row if choice >= 0)
-            if choices not in self._shape_number:
-                self._shape_number[choices] = len(self._shapes)
-                self._shapes.append(self.grammar.shape(choices))
-            numbers.append(self._shape_number[choices])
-        return torch.tensor(numbers, device=key.device)[shape]
-
-    def _derive(self, key):
-        """Production choices of a leftmost derivation for each key: (sentence, step), -1 when done.
-
-        All sentences expand the symbol on top of their stack at once, until every stack is empty.
+        Where shapes are enumerated, one draw each; else a derivation, and no field shape.
         """
-        productions, device = self.grammar.productions, key.device
-        below = [torch.tensor(rule.nonterminals[::-1], dtype=torch.int64) for rule in productions]
-        pushed = pad_sequence(below, True, padding_value=-1).to(device)
-        pushes, widest = torch.tensor([len(row) for row in below], device=device), pushed.shape[1]
-        choices = []  # the rules of each nonterminal, and their thresholds
-        for symbol in range(len(self.grammar.nonterminals)):
-            rules = [i for i, rule in enumerate(productions) if rule.left == symbol]
-            limits = counter.thresholds([productions[i].probability for i in rules])
-            choices.append((torch.tensor(rules, device=device), limits.to(device)))
-        stack = torch.zeros(len(key), 1 + widest, dtype=torch.int64, device=device)
-        height, steps = torch.ones_like(key), []
-        while bool((height > 0).any()):
-            live = (height > 0).nonzero()[:, 0]
-            if stack.shape[1] < int(height.max()) + widest:
-                stack = pad(stack, (0, stack.shape[1] + widest))
-            top = stack[live, height[live] - 1]
-            choice, draw_key = torch.empty_like(top), counter.subkey(key[live], len(steps))
-            for symbol, (rules, limits) in enumerate(choices):
-                here = top == symbol
-                choice[here] = rules[counter.draw(limits, draw_key[here])]
-            for slot in range(widest):
-                stack[live, height[live] - 1 + slot] = pushed[choice, slot]
-            height[live] += pushes[choice] - 1
-            steps.append(torch.full_like(key, -1).scatter(0, live, choice))
-        return torch.stack(steps, 1)
+        if self.grammar.shapes is None:
+            return self._derivations.draw(key)
+        limits = counter.thresholds([shape.probability for shape in self.grammar.shapes])
+        shape = counter.draw(limits.to(key.device), key)
+        roles, bindings, lengths = (table.to(key.device) for table in self._tables)
+        sentence = torch.arange(len(key), device=key.device).repeat_interleave(lengths[shape])
+        place, shape = position_within(sentence), shape[sentence]
+        cell = shape * roles.shape[1] + place
+        token = {"role": roles.flatten()[cell], "binds_to": bindings.flatten()[cell]}
+        return token | {"place": place, "sentence": sentence, "shape": shape}
+
+    @cached_property
+    def _derivations(self):
+        return Derivations(self.grammar)
+
+    @cached_property
+    def _tables(self):
+        """Roles and bindings of all shapes (shape, longest), -1 past the end; lengths."""
+        number = {name: r for r, name in enumerate(self.grammar.roles)}
+        roles, bindings = [], []
+        for shape in self.grammar.shapes:
+            roles.append(torch.tensor([number[name] for name in shape.roles]))
+            bindings.append(torch.tensor(shape.binds_to))
+        lengths = torch.tensor([len(row) for row in roles])
+        padded = [pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings)]
+        return (*padded, lengths)
 
     # ------------------------------------------------------------------ sentences held out
 

@@ -243,16 +243,24 @@ def draw_tree(tree, ax):
     ax.axis("off")
 
 
-def draw_document(documents, roles, ax):
+def role_colours(roles) -> dict:
+    """A colour for each of the names of `roles`: those of ROLE_COLOURS, and others for the rest."""
+    others = iter(sns.color_palette("husl", len(roles)).as_hex())
+    return {role: ROLE_COLOURS.get(role) or next(others) for role in roles}
+
+
+def draw_document(documents, roles, words, ax):
     """Draw one document: a sentence a line, a box a token, coloured by role, rules at levels.
 
-    Thick rules stand between sections, thin ones between paragraphs. `roles` names the roles.
+    Thick rules stand between sections, thin ones between paragraphs. `roles` names the roles,
+    `words` (vocabulary) what is written for each token.
     """
+    shades = list(role_colours(roles).values())
     token = pd.DataFrame({name: value.tolist() for name, value in documents.token.items()})
     for word in token.itertuples():
-        x, y, colour = word.place, -word.sentence, ROLE_COLOURS.get(roles[word.role], "#777777")
-        ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, fc=colour, ec="none"))
-        ax.text(x, y, word.tokens, ha="center", va="center", fontsize=7, color="white")
+        x, y = word.place, -word.sentence
+        ax.add_patch(Rectangle((x - 0.46, y - 0.42), 0.92, 0.84, fc=shades[word.role], ec="none"))
+        ax.text(x, y, words[word.tokens], ha="center", va="center", fontsize=6, color="white")
     for level, width in (("paragraph", 0.7), ("section", 2.0)):
         for sentence in token.sentence[token[level].diff() > 0]:
             ax.axhline(0.5 - sentence, color="black", lw=width)

@@ -8,7 +8,8 @@ in-sentence: the best predictor of a sentence whose latents are fresh: it infers
     sentence's own words. This is the floor of a flat corpus.
 
 Here are expected values, by enumeration of the grammar's shapes; `predictors.token_losses` has
-those of given tokens. Raises ValueError for a grammar whose shapes cannot be enumerated.
+those of given tokens. A predictor sees words, never a derivation: where several derivations yield
+the same roles, it weighs them. Raises ValueError for a grammar whose shapes cannot be enumerated.
 """
 
 from collections import defaultdict
@@ -18,6 +19,8 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+from latentree.data.grammar import open_binding
+
 _MOST_PARENTS = 16  # of which all subsets are enumerated, for a habit's marginal
 
 
@@ -25,8 +28,9 @@ def expected(grammar):
     """Exact expected losses: DataFrame (role, share, syntax_only, latent_aware).
 
     The last row has role "all". `share` is the role's share of tokens; losses are nats per token of
-    that role. latent_aware is NaN by role where a word comes before the word it follows and the
-    roles are large (its average over habits has no short form); the last row is always exact.
+    that role. latent_aware is NaN by role where it has no short form: where a word comes before the
+    word it follows and the roles are large, or where the roles so far leave open whom a word
+    follows; the last row is always exact. Raises ValueError where a whole sentence leaves that open.
     """
     shapes, mass = _enumerated(grammar), defaultdict(float)
     for shape in shapes:
@@ -40,6 +44,8 @@ def expected(grammar):
             counts[r] += shape.probability
             syntax[r] += shape.probability * (of_role + np.log(grammar.sizes[r]))
             latent[r] += shape.probability * (of_role + _word_entropy(grammar, shape, place))
+    if open_binding(shapes):
+        latent[:] = np.nan
     total = latent.sum()
     if np.isnan(total):
         total = _latent_aware_in_order_of_habits(grammar)
@@ -53,7 +59,7 @@ def in_sentence(grammar):
     """Exact loss per token, in nats, of the best predictor if every sentence has fresh latents.
 
     A fresh map makes words exchangeable: only which of a sentence's words are equal is informative.
-    The entropy of a sentence is that of its shape, of the pattern of equal words, and of the
+    The entropy of a sentence is that of its roles, of the pattern of equal words, and of the
     distinct words that fill the pattern. A verb's ranks depend on its subjects' pattern alone,
     because habits are drawn independently for each subject. Raises ValueError for a bank, whose
     habits are not.
@@ -64,8 +70,9 @@ def in_sentence(grammar):
             "draws; use reader.reader_losses, which knows the bank"
         )
     entropy = 0.0
-    for shape in _enumerated(grammar):
-        entropy += shape.probability * (_words_entropy(grammar, shape) - np.log(shape.probability))
+    for shapes in _by_roles(grammar):
+        p = sum(shape.probability for shape in shapes)
+        entropy += p * (_words_entropy(grammar, shapes) - np.log(p))
     return entropy / grammar.mean_length
 
 
@@ -76,6 +83,14 @@ def _enumerated(grammar):
             "many); use predictors.token_losses on sampled documents"
         )
     return grammar.shapes
+
+
+def _by_roles(grammar):
+    """The shapes, those that have the same roles together: a list of lists."""
+    groups = defaultdict(list)
+    for shape in _enumerated(grammar):
+        groups[shape.roles].append(shape)
+    return list(groups.values())
 
 
 def _entropy(p):
@@ -137,49 +152,68 @@ def _marginal_entropy(grammar, parent, child):
 def _latent_aware_in_order_of_habits(grammar):
     """Latent-aware nats per sentence, by the chain rule in the order of the habits."""
     total = 0.0
-    for shape in grammar.shapes:
-        total -= shape.probability * np.log(shape.probability)
-        for role, parent in zip(shape.roles, shape.binds_to):
+    for shapes in _by_roles(grammar):
+        roles, binds_to = shapes[0].roles, shapes[0].binds_to
+        if any(shape.binds_to != binds_to for shape in shapes):
+            raise ValueError(
+                f"grammar {grammar.name}: '{' '.join(roles[:-1])}' has derivations in which "
+                "different words follow each other, so that its latent-aware loss has no short "
+                "form; use predictors.token_losses on sampled documents (in_sentence is exact)"
+            )
+        p = sum(shape.probability for shape in shapes)
+        total -= p * np.log(p)
+        for role, parent in zip(roles, binds_to):
             r = grammar.roles.index(role)
             law = grammar.frequencies[r]
-            entropy = _entropy(law) if parent < 0 else _bound_entropy(grammar, r)
-            total += shape.probability * entropy
+            total += p * (_entropy(law) if parent < 0 else _bound_entropy(grammar, r))
     return total
 
 
 # ---------------------------------------------------------------------- patterns of equal words
 
 
-def _words_entropy(grammar, shape):
-    """Entropy of a sentence's words given its shape, all latents fresh and unknown."""
-    followers = grammar.parents_first
-    order = [role for role in dict.fromkeys(shape.roles) if role not in followers]
-    order += [role for role in followers if role in shape.roles]
-    states = {(): 1.0}  # probability of the patterns of equal words of the roles so far, in `order`
-    entropy = 0.0
+def _words_entropy(grammar, shapes):
+    """Entropy of a sentence's words given its roles, all latents fresh and unknown.
+
+    `shapes` are all that have these roles: a pattern is as likely as they make it together.
+    """
+    roles, followers = shapes[0].roles, grammar.parents_first
+    order = [role for role in dict.fromkeys(roles) if role not in followers]
+    order += [role for role in followers if role in roles]
+    entropy, mixed = 0.0, []  # roles that have neither map nor habit: independent words
     for role in order:
         law = grammar.frequencies[grammar.roles.index(role)]
-        spots = [place for place, name in enumerate(shape.roles) if name == role]
-        free = all(shape.binds_to[place] < 0 for place in spots)
-        followed = role in grammar.file.habits.values()
-        if free and not followed and law.max() == law.min():  # no map: independent words
+        spots = [place for place, name in enumerate(roles) if name == role]
+        bound = any(shape.binds_to[place] >= 0 for shape in shapes for place in spots)
+        if bound or role in grammar.file.habits.values() or law.max() > law.min():
+            mixed.append(role)
+        else:
             entropy += len(spots) * np.log(len(law))
-            states = {(*patterns, ()): p for patterns, p in states.items()}
-            continue
+    table, total = defaultdict(float), sum(shape.probability for shape in shapes)
+    for shape in shapes:
+        for patterns, p in _patterns(grammar, shape, mixed).items():
+            table[patterns] += p * shape.probability / total
+    for patterns, p in table.items():
+        entropy -= p * np.log(p)
+        for role, pattern in zip(mixed, patterns):
+            left = grammar.sizes[grammar.roles.index(role)] - np.arange(len(set(pattern)))
+            entropy += p * np.log(left).sum()
+    return entropy
+
+
+def _patterns(grammar, shape, order):
+    """Probability of the patterns of equal words of the roles in `order`, parents first."""
+    states = {(): 1.0}
+    for role in order:
+        law = tuple(grammar.frequencies[grammar.roles.index(role)])
+        spots = [place for place, name in enumerate(shape.roles) if name == role]
         longer = defaultdict(float)
         for patterns, p in states.items():
             callers = [_caller(shape, place, dict(zip(order, patterns))) for place in spots]
-            found = _pattern_law(tuple(law), grammar.file.binding, callers)
-            for pattern, q in found.items():
+            for pattern, q in _pattern_law(law, grammar.file.binding, callers).items():
                 longer[(*patterns, pattern)] += p * q
         states = longer
-    for patterns, p in states.items():
-        entropy -= p * np.log(p)
-        for role, pattern in zip(order, patterns):
-            size = grammar.sizes[grammar.roles.index(role)]
-            left = size - np.arange(len(set(pattern)))
-            entropy += p * np.log(left).sum()
-    return entropy
+    return states
 
 
 def _caller(shape, place, pattern_of):

@@ -3,125 +3,141 @@
 The parser keeps, for every rule in progress, the probability of all derivations that agree with the
 prefix (forward) and of the rule's own part (inner); left-corner and unit-production loops are
 summed in closed form, so recursive grammars cost no more than others (Stolcke 1995, "An efficient
-probabilistic context-free parsing algorithm").
+probabilistic context-free parsing algorithm"). Both are given the roles so far, so that none is too
+small for a float, however long the sentence.
 """
 
 from collections import defaultdict
+from heapq import heappop, heappush
 
 import numpy as np
 
 from latentree.data.grammar import END, Production
 
+_MOST_PREFIXES = 20_000  # that are remembered at once
+
+
+class _Prefix:
+    """What the parser knows after some roles.
+
+    need (symbol,): forward mass with which each nonterminal may begin here. waiting {symbol after
+    the dot: [(rule, dot, where it began, forward, inner)]} are the rules in progress, longer {role:
+    the prefix with one more}. law: P(next role), log_p: that of the prefix.
+    """
+
+    def __init__(self, length, log_p):
+        self.length, self.log_p, self.waiting, self.longer = length, log_p, defaultdict(list), {}
+
 
 class PrefixParser:
     """Next-role probabilities after any prefix of a sentence, a tuple of role names.
 
-    Each prefix is parsed once and remembered.
+    Each prefix is parsed once and remembered, as long as they are not too many.
     """
 
     def __init__(self, grammar):
-        self._roles = grammar.roles
+        self._number = {role: r for r, role in enumerate(grammar.roles)}
         root = len(grammar.nonterminals)  # one more symbol: sentence, then the end token
         self._rules = [*grammar.productions, Production(root, (0, END), 1.0)]
-        left_corner, unit = np.zeros((root + 1, root + 1)), np.zeros((root + 1, root + 1))
-        for rule in self._rules:
-            if not isinstance(rule.right[0], str):
-                left_corner[rule.left, rule.right[0]] += rule.probability
-            if _is_unit(rule):
-                unit[rule.left, rule.right[0]] += rule.probability
+        left_corner, unit = np.zeros((2, root + 1, root + 1))
+        self._first_role = np.zeros((root + 1, len(grammar.roles)))
+        self._beginning = defaultdict(list)  # rules by their first symbol, but for unit rules
+        for number, rule in enumerate(self._rules):
+            first = rule.right[0]
+            if isinstance(first, str):
+                self._first_role[rule.left, self._number[first]] += rule.probability
+            else:
+                left_corner[rule.left, first] += rule.probability
+            if len(rule.right) == 1 and not isinstance(first, str):
+                unit[rule.left, first] += rule.probability
+            else:
+                self._beginning[first].append(number)
         self._left_corner = np.linalg.inv(np.eye(root + 1) - left_corner)
-        self._unit = np.linalg.inv(np.eye(root + 1) - unit)
-        # prefix -> (columns, probability); a column is {(rule, dot, start): (forward, inner)}
-        self._parsed = {(): ([self._predicted({root: 1.0}, 0)], 1.0)}
-        self._next = {}
+        unit = np.linalg.inv(np.eye(root + 1) - unit)
+        # What is finished with a symbol: {that and those it alone makes up: probability}.
+        self._finished = [{s: row[s] for s in row.nonzero()[0]} for row in unit.T]
+        self._empty, self._count = _Prefix(0, 0.0), 0
+        self._predict(self._empty, {root: 1.0})
 
     def next_roles(self, prefix):
         """Probability of each role (in the grammar's order) after `prefix`, the sentence so far.
 
         All zeros if the grammar cannot continue the prefix.
         """
-        if prefix not in self._next:
-            mass = np.zeros(len(self._roles))
-            columns, _ = self._parse(prefix)
-            for symbol, (forward, _) in self._expected(columns[-1]):
-                if isinstance(symbol, str):
-                    mass[self._roles.index(symbol)] += forward
-            self._next[prefix] = mass / mass.sum() if mass.sum() > 0 else mass
-        return self._next[prefix]
+        return self._parse(prefix).law
 
     def legal_roles(self, prefix):
         """Names of the roles that may follow `prefix`."""
-        return {role for role, p in zip(self._roles, self.next_roles(prefix)) if p > 0}
+        return {role for role, p in zip(self._number, self.next_roles(prefix)) if p > 0}
 
-    def probability(self, prefix):
-        """Probability that a sentence begins with `prefix`."""
-        return float(self._parse(prefix)[1])
+    def log_probability(self, prefix):
+        """Log of the probability that a sentence begins with `prefix`; -inf if none does."""
+        return self._parse(prefix).log_p
 
     def _parse(self, prefix):
-        if prefix not in self._parsed:
-            columns, _ = self._parse(prefix[:-1])
-            column, mass = self._scan(columns, prefix[-1])
-            self._parsed[prefix] = ([*columns, column], mass)
-        return self._parsed[prefix]
+        if self._count > _MOST_PREFIXES:
+            self._empty.longer, self._count = {}, 0
+        known = self._empty
+        for role in prefix:
+            if role not in known.longer:
+                known.longer[role] = self._scan(known, role)
+                self._count += 1
+            known = known.longer[role]
+        return known
 
-    def _expected(self, column):
-        """The symbol after the dot of each unfinished rule, with the rule's (forward, inner)."""
-        for (rule, dot, _), masses in column.items():
-            right = self._rules[rule].right
-            if dot < len(right):
-                yield right[dot], masses
-
-    def _predicted(self, wanted, position):
-        """The rules that can begin here; `wanted` is the forward mass before each nonterminal."""
-        need = np.zeros(len(self._left_corner))
-        for symbol, forward in wanted.items():
-            need += forward * self._left_corner[symbol]
-        column = {}
-        for number, rule in enumerate(self._rules):
-            if need[rule.left] > 0:
-                forward = need[rule.left] * rule.probability
-                column[number, 0, position] = (forward, rule.probability)
-        return column
-
-    def _scan(self, columns, role):
-        """The column after one more role, and the prefix's probability."""
-        position = len(columns)
-        column = defaultdict(lambda: (0.0, 0.0))
-        for (rule, dot, start), masses in columns[-1].items():
-            right = self._rules[rule].right
-            if dot < len(right) and right[dot] == role:
-                column[rule, dot + 1, start] = masses
-        mass = sum(forward for forward, _ in column.values())
-        # Inner spans first: completing one may complete a wider one.
-        for start in range(position - 1, -1, -1):
-            self._complete(columns, column, start)
-        wanted = defaultdict(float)
-        for symbol, (forward, _) in self._expected(column):
-            if not isinstance(symbol, str):
-                wanted[symbol] += forward
-        return dict(column) | self._predicted(wanted, position), mass
-
-    def _complete(self, columns, column, start):
-        """Move the dot of rules that waited at `start` over what is finished here."""
-        found = np.zeros(
-            len(self._unit)
-        )  # inner probability of each nonterminal from start to here
-        for (number, dot, began), (_, inner) in column.items():
+    def _in_progress(self, known, symbol):
+        """Rules in progress, or that may begin, whose next symbol this is."""
+        yield from known.waiting.get(symbol, ())
+        for number in self._beginning[symbol]:
             rule = self._rules[number]
-            finished = began == start and dot == len(rule.right)
-            if finished and not _is_unit(rule):  # unit rules are in self._unit
-                found += inner * self._unit[:, rule.left]
-        for (number, dot, began), (forward, inner) in columns[start].items():
-            right = self._rules[number].right
-            if dot < len(right) and not isinstance(right[dot], str) and found[right[dot]] > 0:
-                gain = found[right[dot]]
-                old_forward, old_inner = column[number, dot + 1, began]
-                moved = (old_forward + forward * gain, old_inner + inner * gain)
-                column[number, dot + 1, began] = moved
+            if known.need[rule.left] > 0:
+                forward = known.need[rule.left] * rule.probability
+                yield number, 0, known, forward, rule.probability
 
+    def _scan(self, known, role):
+        """The prefix with one more role."""
+        items = list(self._in_progress(known, role))
+        mass = sum(forward for *_, forward, _ in items)
+        here = _Prefix(known.length + 1, known.log_p + np.log(mass) if mass > 0 else -np.inf)
+        # finished {length: (the prefix where they began, {symbol: inner})}, the longest first.
+        moved, finished, lengths = {}, {}, []
 
-def _is_unit(rule):
-    return len(rule.right) == 1 and not isinstance(rule.right[0], str)
+        def move(rule, dot, began, forward, inner):
+            if dot + 1 < len(self._rules[rule].right):
+                before = moved.get((rule, dot + 1, began), (0.0, 0.0))
+                moved[rule, dot + 1, began] = before[0] + forward, before[1] + inner
+                return
+            if began.length not in finished:
+                finished[began.length] = began, defaultdict(float)
+                heappush(lengths, -began.length)
+            for symbol, p in self._finished[self._rules[rule].left].items():
+                finished[began.length][1][symbol] += inner * p
+
+        for rule, dot, began, forward, inner in items:
+            move(rule, dot, began, forward / mass, inner / mass)
+        while lengths:  # inner spans first: completing one may complete a wider one
+            start, symbols = finished.pop(-heappop(lengths))
+            for symbol, gain in symbols.items():
+                for rule, dot, began, forward, inner in self._in_progress(start, symbol):
+                    move(rule, dot, began, forward * gain, inner * gain)
+        wanted = defaultdict(float)
+        for (rule, dot, began), (forward, inner) in moved.items():
+            symbol = self._rules[rule].right[dot]
+            here.waiting[symbol].append((rule, dot, began, forward, inner))
+            wanted[symbol] += forward
+        self._predict(here, wanted)
+        return here
+
+    def _predict(self, known, wanted):
+        """Fill in what may begin after a prefix, and what comes next; `wanted` {symbol: forward}."""
+        known.need, law = np.zeros(len(self._left_corner)), np.zeros(len(self._number))
+        for symbol, forward in wanted.items():
+            if isinstance(symbol, str):
+                law[self._number[symbol]] += forward
+            else:
+                known.need += forward * self._left_corner[symbol]
+        law += known.need @ self._first_role
+        known.law = law / law.sum() if law.sum() > 0 else law
 
 
 def legal_sentences(grammar, tokens):
@@ -131,5 +147,5 @@ def legal_sentences(grammar, tokens):
     legal = []
     for sentence in tokens.tensor_split(ends)[:-1]:
         roles = tuple(grammar.roles[r] for r in grammar.role_of[sentence.tolist()])
-        legal.append(parser.probability(roles) > 0)
+        legal.append(bool(np.isfinite(parser.log_probability(roles))))
     return legal

@@ -11,26 +11,37 @@ import torch
 from torch.nn.functional import one_hot
 
 from latentree.data.corpus import held_out
+from latentree.data.grammar import open_binding
 from latentree.exact.parser import PrefixParser
 
 
 def token_losses(grammar, documents, latent_aware=True):
     """Exact loss of each token in nats (tokens,): latent-aware or syntax-only.
 
-    Where shapes cannot be enumerated, each sentence's own shape is taken to be known from its
-    roles.
+    Where shapes cannot be enumerated, the roles of a sentence so far must say whom each word
+    follows: ValueError where these documents show that they do not.
     """
     if grammar.shapes is not None:
         return -predictive(grammar, documents, latent_aware, log_token=True)
-    sentences = _Sentences(grammar, documents, latent_aware)
-    losses = torch.zeros(sentences.kept.shape, dtype=torch.float64)
+    sentences, losses = (
+        _Sentences(grammar, documents, latent_aware),
+        role_losses(grammar, documents),
+    )
+    if not latent_aware or grammar.file.binding == 0:
+        return losses - sentences.log_frequencies()
+    if roles := open_binding(documents.shapes):
+        raise ValueError(
+            f"grammar {grammar.name}: '{' '.join(roles)}' leaves open whom its last word follows, "
+            "and its sentence shapes cannot be enumerated; set binding to 0, or ask for syntax-only"
+        )
+    of_word = torch.zeros(sentences.kept.shape, dtype=torch.float64)
     shape_of = documents.token["shape"][documents.token["place"] == 0]
     for number in shape_of.unique().tolist():
         rows, shape = shape_of == number, documents.shapes[number]
         for place in range(len(shape.roles)):
             law = sentences.word_law(shape, place)
-            losses[rows, place] = -sentences.chance(law, shape, place)[rows].log()
-    return losses[sentences.kept] + role_losses(grammar, documents)
+            of_word[rows, place] = -sentences.chance(law, shape, place)[rows].log()
+    return losses + of_word[sentences.kept]
 
 
 def predictive(grammar, documents, latent_aware=True, log_token=False):
@@ -99,6 +110,12 @@ class _Sentences:
         self._roles, self._ranks = torch.zeros((2, *self.kept.shape), dtype=torch.int64)
         self._roles[self.kept] = torch.as_tensor(grammar.role_of)[documents.tokens]
         self._ranks[self.kept] = rank_of[self._unit[row], documents.tokens]
+
+    def log_frequencies(self):
+        """Log of the share of each token among its role's words, by its rank: (tokens,)."""
+        begins = torch.tensor([0, *map(len, self._laws.values())]).cumsum(0)
+        cell = begins[self._roles[self.kept]] + self._ranks[self.kept]
+        return torch.cat(list(self._laws.values()))[cell].log()
 
     def words(self, role):
         """Token of each rank for each sentence: (sentences, size)."""

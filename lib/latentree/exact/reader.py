@@ -8,7 +8,7 @@ uniformly random ones is weighed (importance sampling). A bank's latents are few
 weighed by Bayes' rule (`bank_losses`).
 """
 
-from functools import cache
+from functools import lru_cache
 from itertools import permutations
 from math import factorial
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from latentree.data.corpus import Documents
+from latentree.data.grammar import open_binding
 from latentree.data.sampler import GrammarProcess
 from latentree.exact.predictors import token_losses
 
@@ -84,26 +85,31 @@ def reader_losses(
     It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits,
     and which word follows which in a sentence; of latents, what the tokens since the field `unit`
     last changed tell (put the sentence's number there for a reader that forgets). Exact where no
-    habits bind words or a role has at most `maps` maps, as long as the roles so far say which word
-    follows which (it is told), and a clause has each role once and is finished before the next
+    habits bind words or a role has at most `maps` maps, as long as a clause has each role once and is finished before the next
     begins. Else the Monte Carlo error is that between two seeds; on average the loss is too high,
     by about a quarter of the mean squared difference between two seeds' losses.
 
-    Raises ValueError if latents are redrawn in part or at several levels: this reader has no such
-    latents.
+    Raises ValueError if latents are redrawn in part or at several levels, or if the roles so far do
+    not say which word follows which: this reader knows no such latents, and no such sentences.
     """
     grammar = process.grammar
-    _check_redrawn_as_a_whole(grammar)
-    shapes, choices = process.documents([0]).shapes, _maps_of(grammar, maps, seed)
+    check_known(grammar)
+    shapes, choices = grammar.shapes, _maps_of(grammar, maps, seed)
     begins = np.array([words[0] for words in grammar.words])
-    fields = ("tokens", "role", "place", "shape", "unit")
+    fields = ["tokens", "role", "place", "unit"]
+    fields.append("shape" if grammar.file.binding else "place")  # which nothing asks for then
     losses = torch.zeros(rows["tokens"].shape, dtype=torch.float64)
     for row, columns in enumerate(zip(*(rows[name].tolist() for name in fields))):
         last_unit, known, words = None, {}, []
-        for at, (token, role, place, shape, unit) in enumerate(zip(*columns)):
+        for at, (token, role, place, unit, shape) in enumerate(zip(*columns)):
             if unit != last_unit:
                 last_unit, known = unit, _nothing_known(grammar, choices)
             words, word = words[:place], int(token - begins[role])
+            if grammar.file.binding == 0:
+                of_role = known[grammar.roles[role]]
+                losses[row, at] = -np.log(of_role.law()[word])
+                of_role.learn(word)
+                continue
             losses[row, at] = -np.log(_predicted(shapes[shape], words, known)[word])
             _learn(shapes[shape], words, word, known)
             words.append(word)
@@ -117,7 +123,7 @@ def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
     by what the tokens so far say, since the latent was last drawn (the field unit). Exact.
     """
     fields = {name: rows[name].flatten() for name in ("tokens", "place", "shape")}
-    shapes, count = process.documents([0]).shapes, process.grammar.file.bank
+    shapes, count = process.grammar.shapes, process.grammar.file.bank
     grammar, words = process.grammar, {}
     for role, tokens in zip(grammar.roles, grammar.words):
         words[role] = torch.as_tensor(tokens).expand(count, -1)
@@ -133,7 +139,8 @@ def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
     return before.logsumexp(0) - (before + told).logsumexp(0)
 
 
-def _check_redrawn_as_a_whole(grammar):
+def check_known(grammar):
+    """ValueError, a line, if `reader_losses` does not know the ideal reader of a grammar."""
     shares = [share for share in grammar.file.redraw.values() if share > 0]
     if grammar.file.bank:
         raise ValueError(
@@ -143,6 +150,11 @@ def _check_redrawn_as_a_whole(grammar):
         raise ValueError(
             f"{grammar.name}: redraw is {grammar.file.redraw}: the ideal reader is known where one "
             "level redraws all latents; choose another grammar"
+        )
+    if grammar.file.binding and (grammar.shapes is None or open_binding(grammar.shapes)):
+        raise ValueError(
+            f"{grammar.name}: its roles do not say, as they come, which word follows which, so that "
+            "the ideal reader is not known; set binding to 0, or choose another grammar"
         )
 
 
@@ -205,7 +217,7 @@ def _learn(shape, words, word, known) -> None:
 # ---------------------------------------------------------------------- a role's words
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _frequency_of_count(counts: tuple, law: tuple) -> dict:
     """{count: expected frequency of a word seen so often}, from all words' sorted counts."""
     return dict(zip(counts, posterior_frequencies(counts, law).tolist()))

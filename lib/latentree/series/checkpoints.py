@@ -29,12 +29,17 @@ def seed_folder(seed: int, variant: str = "") -> str:
     return f"{variant}-seed-{seed}".removeprefix("-")
 
 
-def save_checkpoint(model, run: Path, step: int) -> None:
-    """Write `model` as checkpoint `step` of the run in the folder `run`: whole or not at all."""
+def save_checkpoint(model, run: Path, step: int, tokenizer=None) -> None:
+    """Write `model` as checkpoint `step` of the run in the folder `run`: whole or not at all.
+
+    With its `tokenizer` (words.tokenizer), other tools take the folder as it is.
+    """
     partial, folder = run / f"{_PARTIAL}step", run / f"step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     model.save_pretrained(partial)
     shutil.copy(run / IDENTITY, partial)
+    if tokenizer:
+        tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from latentree.data.corpus import Stream
 from latentree.data.files import write_text
+from latentree.data.words import tokenizer
 from latentree.inside.names import Internals
 from latentree.series.checkpoints import IDENTITY, checkpoint_steps, read_identity, save_checkpoint
 from latentree.train.model import build_model, next_token_losses
@@ -209,7 +210,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         if accelerator.is_main_process:  # all that could have failed is made by now
             folder.mkdir(exist_ok=True)
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
-        _record(run, config, accelerator, model, held_out, folder)
+        _record(run, config, accelerator, model, held_out, folder, corpus)
 
     while run.step < config.steps:
         share = rate_share(run.step, config.steps, config.warmup, config.decay)
@@ -237,7 +238,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         run.losses.append((run.step, tokens, mean, config.learning_rate * share))
         run.seconds = time.monotonic() - started
         if run.step in checkpoints:
-            _record(run, config, accelerator, model, held_out, folder)
+            _record(run, config, accelerator, model, held_out, folder, corpus)
         late = broadcast_object_list([time.monotonic() - saved > config.state_every_seconds])[0]
         if run.step in checkpoints or late:
             _save_state(accelerator, folder, model, optimizers, stream, run)
@@ -290,7 +291,7 @@ def _backward(accelerator, model, forward, parts):
     return total
 
 
-def _record(run, config, accelerator, model, held_out, folder):
+def _record(run, config, accelerator, model, held_out, folder, corpus):
     """Evaluate the model on held-out tokens, save it as a checkpoint, and write both tables."""
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
@@ -300,7 +301,7 @@ def _record(run, config, accelerator, model, held_out, folder):
         means, tokens = losses.mean(1), run.step * config.step_tokens
         error = means.std().item() / len(means) ** 0.5
         run.held_out.append((run.step, tokens, means.mean().item(), error))
-        save_checkpoint(model, folder, run.step)
+        save_checkpoint(model, folder, run.step, tokenizer(corpus.words, corpus.end))
         _write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
         _write_table(folder / "held_out.csv", run.held_out, "step tokens loss standard_error")
     accelerator.wait_for_everyone()
