@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -165,21 +166,30 @@ def test_cores_follow_a_list_of_threads_and_a_containers_quota(monkeypatch, tmp_
     for asked, cores in {"2,1": 2, "": 8, "all": 8, "0": 8}.items():
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert usable_cores() == cores
+    (tmp_path / "cpu").mkdir()
+    monkeypatch.setattr(jobs, "_GROUPS", tmp_path)
+    for quota, cores in {"-1": 8, "200000": 2}.items():  # control groups 1
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+        assert usable_cores() == cores
+    shutil.rmtree(tmp_path / "cpu")
     for quota, cores in {"max 100000": 8, "350000 100000": 3, "50000 100000": 1}.items():
         (tmp_path / "cpu.max").write_text(quota)
-        monkeypatch.setattr(jobs, "_QUOTA", tmp_path / "cpu.max")
         assert usable_cores() == cores
 
 
 @pytest.mark.parametrize("left", ["WORLD_SIZE", "PMI_SIZE", "ACCELERATE_USE_DEEPSPEED"])
 def test_what_a_scheduler_left_in_the_environment_is_ignored_and_told(monkeypatch, left):
     monkeypatch.setenv(left, "4")
-    with pytest.warns(UserWarning, match=f"ignored, for no launcher is at work: {left}"):
+    with pytest.warns(UserWarning, match=f"ignored in the environment: {left}"):
         assert not launched()
     assert left not in os.environ and not launched()
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
         monkeypatch.setenv(name, value)
     assert launched()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # would divide gradients
+    with pytest.warns(UserWarning, match="ignored in the environment: ACCELERATE_GRADIENT"):
+        assert launched()
 
 
 def in_two_processes(folder):
