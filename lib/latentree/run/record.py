@@ -34,7 +34,9 @@ def version_of(profile: str) -> str:
     folder = project_root() / "params"
     files = sorted((folder / profile).glob("*.yaml"))
     if not files:
-        known = sorted({file.parent.name for file in folder.glob("*/*.yaml")} - {"grammars"})
+        known = sorted(
+            {file.parent.name for file in folder.glob("*/*.yaml")} - {"grammars", "series"}
+        )
         mend = f"choose one of {', '.join(known)}" if known else "start in a clone of the project"
         raise ValueError(f"profile = {profile!r}: is not in {folder}; {mend}")
     files += sorted((folder / "grammars").glob("*.yaml"))
