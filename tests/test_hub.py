@@ -354,4 +354,4 @@ def test_the_line_of_every_series_is_read_and_its_listing_too(hub, cache):
         names = LISTINGS.get(values["series"], {"step-001000-2BT": 1000})
         hub.files = dict.fromkeys(names, {})
         steps = {step: name for name, step in names.items() if step is not None}
-        assert revisions(values["series"], cache) == dict(sorted(steps.items()))
+        assert revisions(MODEL, cache) == dict(sorted(steps.items()))

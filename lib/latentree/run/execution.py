@@ -32,14 +32,7 @@ from traitlets.config import Config
 
 from latentree.data.files import locked, read_yaml
 from latentree.run.parameters import check, declared
-from latentree.run.record import (
-    describe,
-    output_folder,
-    project_root,
-    record_lock,
-    without_machine,
-    write_entry,
-)
+from latentree.run.record import describe, output_folder, project_root, without_machine, write_entry
 
 _SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
@@ -61,8 +54,8 @@ def run(notebook: Path, params: Path, out: Path) -> None:
     entry = describe(values) | {"started": datetime.now(UTC).isoformat()}
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with record_lock(folder):
-        pass  # what the end needs is there
+    with locked(folder / ".run.lock", 20):
+        pass  # so that the end will have it
     with locked(folder / f".{name}.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir()

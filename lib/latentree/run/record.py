@@ -59,15 +59,10 @@ def describe(values: dict) -> dict:
     }
 
 
-def record_lock(folder: Path):
-    """What holds FOLDER/run.json while it is written; notebooks that finish together wait."""
-    return locked(folder / ".run.lock", 20)
-
-
 def write_entry(folder: Path, notebook: str, entry: dict) -> None:
-    """Put one notebook's entry into FOLDER/run.json."""
+    """Put one notebook's entry into FOLDER/run.json; notebooks that finish together wait."""
     file = folder / "run.json"
-    with record_lock(folder):
+    with locked(folder / ".run.lock", 20):
         record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         record = dict(sorted((record | {notebook: entry}).items()))
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -77,12 +77,6 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     compiled: bool = False  # by torch.compile: faster on a GPU; changes rounding only
     state_every_seconds: NonNegativeFloat = 60.0  # so much is lost at most when killed
 
-    @classmethod
-    def like(cls, identity: dict, **changes) -> "TrainingConfig":
-        """The settings of a run (its series' `identity`), some of them changed."""
-        known = {name: identity[name] for name in cls.model_fields if name in identity}
-        return cls(**known | changes)
-
     @property
     def step_tokens(self) -> int:
         """Tokens in a step."""
