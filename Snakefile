@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
+from latentree.data.files import read_yaml
 
 # notebook: the notebooks that must be executed before it
 NOTEBOOKS = {
@@ -55,7 +55,7 @@ def code_of(name):
 
 def cards():
     """The trainings of notebook 02."""
-    values = yaml.safe_load(Path(f"params/{PROFILE}/02_training.yaml").read_text())
+    values = read_yaml(f"params/{PROFILE}/02_training.yaml")
     found = []
     for corpus in values["corpora"]:
         seeds = values["seeds"][:1] if corpus in values.get("once", []) else values["seeds"]
@@ -71,7 +71,7 @@ def grammars_of(text):
     for name in wanted:
         while name in GRAMMARS:
             files.add(str(GRAMMARS[name]))
-            name = yaml.safe_load(GRAMMARS[name].read_text()).get("parent")
+            name = read_yaml(GRAMMARS[name]).get("parent")
     return sorted(files)
 
 
@@ -138,6 +138,10 @@ def not_later(files):
             sys.exit(f"error: {file}: is dated in the future; set the clock, or `touch {file}`")
     return files
 
+
+for done in filter(Path.exists, map(Path, map(stamp, HERE))):
+    if done.stat().st_mtime > time.time() + 60:
+        sys.exit(f"error: {done}: is dated in the future, so that no change would be seen; set the clock, or remove it")
 
 for name, after in HERE.items():
     settings = f"params/{PROFILE}/{name}.yaml"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from copy import copy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -21,13 +22,23 @@ def lay_out(checkpoints: dict[str, Path], repository: str, cache: Path) -> None:
 
 
 class Hub(ThreadingHTTPServer):
-    """A server with the repository MODEL, `files` {revision: {file: content}}."""
+    """A server with the repository MODEL, `files` {revision: {file: content}}, and `others`.
+
+    `refuses`, if given, is what it answers everything with: a status and headers.
+    """
 
     daemon_threads = True
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.fetched = files, []
+        self.others, self.refuses = {}, None
+
+    def of(self, repository):
+        """The server with another repository's files in the place of MODEL's."""
+        one = copy(self)
+        one.files = self.others.get(repository, self.files)
+        return one
 
     def commit(self, revision) -> str:
         """A hash of what a revision holds."""
@@ -70,8 +81,12 @@ def _digest(file, content):
 
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        hub, path = self.server, unquote(self.path.partition("?")[0]).strip("/")
-        _, _, kind, *rest = path.removeprefix("api/models/").split("/", 4)
+        if self.server.refuses:
+            status, headers = self.server.refuses
+            return self.answer(b"{}", headers, status)
+        path = unquote(self.path.partition("?")[0]).strip("/")
+        owner, name, kind, *rest = path.removeprefix("api/models/").split("/", 4)
+        hub = self.server.of(f"{owner}/{name}")
         if kind == "refs":
             return self.answer(json.dumps(hub.refs()).encode())
         revisions = {hub.commit(name): name for name in hub.files} | {
@@ -89,8 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def answer(self, content, headers=()):
-        self.send_response(200)
+    def answer(self, content, headers=(), status=200):
+        self.send_response(status)
         for name, value in {**dict(headers), "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,25 @@ def test_missing_weights_are_refused_and_not_drawn_at_random(tmp_path):
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ValueError, match="step-00000003: lacks the weights lm_head.weight"):
         LocalSeries(tmp_path / "run").load(3)
+
+
+def test_what_may_not_be_read_and_what_is_damaged_is_told_as_such(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    (run / "step-00000003 (copy)").mkdir()  # no checkpoint
+    opened = Path.open
+
+    def refuse(path, *mode, **options):
+        if path.name == WEIGHTS:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *mode, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(PermissionError, match=f"Permission denied: .*{WEIGHTS}"):
+            LocalSeries(run).load(3)
+    (run / "training.json").write_text("")
+    with pytest.raises(ValueError, match=r"training\.json: is damaged: Expecting value"):
+        LocalSeries(run)
 
 
 def test_cut_weights_are_refused(tmp_path):

@@ -1,20 +1,24 @@
 """Listing and downloading run as they are, against a server on this machine that speaks the hub's API."""
 
 import json
+import re
 import threading
 from collections import namedtuple
 from itertools import combinations
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hub import MODEL, Hub, lay_out
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from latentree.data.files import read_yaml
+from latentree.run.parameters import check, declared
 from latentree.series.checkpoints import LocalSeries
 from latentree.series.hub import HubSeries, choose, gaps, revisions, tokens_of
 from latentree.series.sweep import sweep
@@ -24,7 +28,6 @@ from test_checkpoints import make_run
 
 SIZES = {"vocabulary_size": 12, "layers": 1, "width": 16, "heads": 2, "context": 8}
 WEIGHTS = "model.safetensors"
-ANSWER = httpx.Response(401, request=httpx.Request("GET", "http://127.0.0.1"))
 NAMES = {0: "step0", 1000: "step1000-tokens4B", 3000: "step3000-tokens12B"}
 
 
@@ -262,22 +265,93 @@ def test_a_cache_without_links_is_read(tmp_path, cache, monkeypatch):
         assert torch.equal(series.load(step).lm_head.weight, local.load(step).lm_head.weight)
 
 
+def test_the_same_training_with_another_seed_is_another_repository(hub, cache):
+    hub.others["maker/again"] = {
+        "step-000000": hub.files[NAMES[1000]],  # other names, other weights
+        "step-001000": hub.files[NAMES[0]],
+        "step-007000": {},
+    }
+    one = HubSeries(MODEL, {0: NAMES[0], 1000: NAMES[1000]}, cache=cache)
+    listed = revisions("maker/again", cache)
+    assert listed == {0: "step-000000", 1000: "step-001000", 7000: "step-007000"}
+    two = HubSeries("maker/again", {step: listed[step] for step in one.steps}, cache=cache)
+    assert same(one.load(0), 0) and same(two.load(0), 1000) and same(two.load(1000), 0)
+    assert one.identity != two.identity and one.download_bytes > 0 == two.download_bytes
+
+
+def test_what_the_hub_refuses_is_told_with_its_reason_and_a_mend(hub, cache):
+    def told(status, message, code=""):
+        hub.refuses = status, {"X-Error-Message": message, "X-Error-Code": code}
+        with pytest.raises(ValueError, match="^maker/model: ") as refused:
+            revisions(MODEL, cache)
+        return str(refused.value)
+
+    gated = told(403, "Access to it is restricted", "GatedRepo")
+    assert "Access to it is restricted" in gated and gated.endswith("log in by `hf auth login`")
+    expired = told(401, "User Access Token is expired")
+    assert "Token is expired" in expired and "log in again" in expired and "gated" not in expired
+    unknown = told(404, "Repository not found", "RepoNotFound")
+    assert "404" in unknown and "look at its name" in unknown
+
+
 @pytest.mark.parametrize(
     "error, mend",
     [
-        (GatedRepoError("is gated", response=ANSWER), "is gated; ask for access"),
-        (
-            HfHubHTTPError("token expired", response=ANSWER),
-            "token expired; look at its name, log in",
-        ),
         (httpx.ConnectError("no route"), "no route; look at the network"),
-        (PermissionError("read-only"), "read-only; give a cache that can be written to"),
+        (PermissionError(13, "Permission denied"), ".*Permission denied; give a cache"),
+        (OSError(30, "Read-only file system"), ".*Read-only file system; give a cache"),
     ],
 )
-def test_what_the_hub_refuses_is_told_with_its_reason(error, mend, monkeypatch):
+def test_what_the_network_or_the_disk_refuses_is_told_with_its_reason(error, mend, monkeypatch):
     def refuse(*_, **__):
         raise error
 
     monkeypatch.setattr(HfApi, "list_repo_refs", refuse)
     with pytest.raises(ValueError, match=f"maker/model: {mend}"):
         revisions("maker/model")
+
+
+def test_offline_an_empty_cache_is_named_and_not_the_names_of_steps(cache, monkeypatch):
+    cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=f"OFFLINE: in {cache} no revision names .*there is none"):
+        revisions(MODEL, cache)
+
+
+# Some names of the listings, and the steps that they mean.
+LISTINGS = {
+    "olmo-1b": {"step1000-tokens4B": 1000, "step738000-tokens3094B": 738000, "main": None},
+    "allenai/OLMo-2-0425-1B-early-training": {"stage1-step0-tokens0B": 0},
+    "allenai/Olmo-3-1025-7B": {"stage1-step1000": 1000, "stage2-step7000": None},
+    "EleutherAI/pythia-14m-seed1": {"step0": 0, "step512": 512, "step143000": 143000},
+    "stanford-crfm/alias-gpt2-small-x21": {"checkpoint-10": 10, "checkpoint-400000": 400000},
+    "HuggingFaceTB/SmolLM2-135M-intermediate-checkpoints": {"step-240000": 240000},
+    "HuggingFaceTB/SmolLM3-3B-checkpoints": {"stage1-step-40000": 40000, "stage2-step-1": None},
+    "LLM360/Amber": {"ckpt_000": 0, "ckpt_358": 358},
+    "HuggingFaceFW/ablation-model-fineweb-edu": {
+        "step-001000-2BT": 1000,
+        "step-167000-350BT": 167000,
+    },
+}
+
+
+def lines_of_parameters():
+    """The parameters of each series in docs/series.md."""
+    rows = re.findall(
+        r"^\|.*\| (`series: .*) \|$", Path("docs/series.md").read_text(), re.MULTILINE
+    )
+    return [yaml.safe_load("\n".join(re.findall("`([^`]*)`", row))) for row in rows]
+
+
+@pytest.mark.filterwarnings("ignore:.*later stages are left out")
+def test_the_line_of_every_series_is_read_and_its_listing_too(hub, cache):
+    parameters, shown = declared("notebooks/07_olmo.ipynb"), lines_of_parameters()
+    assert {values["series"] for values in shown} == LISTINGS.keys()
+    for file in Path("params/series").glob("*.yaml"):
+        shown.append(read_yaml(file))
+    for values in shown:
+        check(values, parameters)
+        names = LISTINGS.get(values["series"], {"step-001000-2BT": 1000})
+        hub.files = dict.fromkeys(names, {})
+        steps = {step: name for name, step in names.items() if step is not None}
+        assert revisions(MODEL, cache) == dict(sorted(steps.items()))

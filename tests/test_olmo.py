@@ -15,6 +15,7 @@ VALUES = {
     "profile": "smoke",
     "published": "stand-in",
     "series": "maker/words",
+    "replicas": ["maker/words-2", "maker/words-3"],
     "count": 3,
     "documents": 400,
     "windows": 4,
@@ -29,21 +30,21 @@ VALUES = {
 
 @pytest.fixture
 def out(tmp_path):
-    """The folder of a run, in whose cache lie two revisions and their tokenizer.
+    """The folder of a run, in whose cache lie three repositories of two revisions each.
 
     Their names do not say their step. The model's vocabulary is larger than the tokenizer's.
     """
-    run = tmp_path / "trained"
-    run.mkdir()
-    (run / IDENTITY).write_text(json.dumps({"architecture": "gpt_neox", "vocabulary_size": 24}))
-    revisions = {}
-    for step, name in VALUES["named"].items():
-        step = int(step)
-        save_checkpoint(build_model("gpt_neox", 24, 3, 32, 4, 64, seed=step), run, step)
-        folder = run / f"step-{step:08d}"
-        tokenizer().save_pretrained(folder)
-        revisions[name] = folder
-    lay_out(revisions, VALUES["series"], tmp_path / "out" / "checkpoints" / "hub")
+    for seed, repository in enumerate([VALUES["series"], *VALUES["replicas"]]):
+        run, revisions = tmp_path / f"trained-{seed}", {}
+        run.mkdir()
+        (run / IDENTITY).write_text(json.dumps({"architecture": "gpt_neox"}))
+        for step, name in VALUES["named"].items():
+            step = int(step)
+            model = build_model("gpt_neox", 24, 3, 32, 4, 64, seed=step + seed)
+            save_checkpoint(model, run, step)
+            revisions[name] = run / f"step-{step:08d}"
+            tokenizer().save_pretrained(revisions[name])
+        lay_out(revisions, repository, tmp_path / "out" / "checkpoints" / "hub")
     return tmp_path / "out"
 
 
@@ -58,6 +59,7 @@ def test_a_series_of_the_hub_is_measured_on_a_text(out, tmp_path, monkeypatch):
     claims = {claim["id"]: claim for claim in results}
     assert claims["series-lookup"]["corpus"] == "maker/words, on story"
     assert claims["series-lookup"]["value"] is not None
+    assert claims["series-lookup"]["seeds"] == [0, 1, 2]  # a band over trainings
     assert claims["real-lookup"]["reason"] == "the package stand-in is not installed"
     measured = pd.read_csv(out / "tables" / "07_along_training.csv")
     assert sorted(measured.tokens.unique()) == [1000, 4000]  # steps, for nothing tells tokens

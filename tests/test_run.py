@@ -201,6 +201,63 @@ def test_a_run_that_follows_its_parent_ends_with_it(finished):
     assert_failed(root)
 
 
+# ---- what is around it: a fault there never ends a run, and is told as what it is
+
+
+def test_a_lock_that_is_left_names_itself_and_nothing_is_lost(finished, monkeypatch):
+    """On a file system without flock a lock is a file, which a copied folder brings along."""
+    root = finished()
+    shim = root / "shim/sitecustomize.py"
+    shim.parent.mkdir()
+    shim.write_text(
+        "import errno, fcntl\n"
+        "def flock(fd, operation):\n"
+        "    raise OSError(errno.ENOSYS, 'Function not implemented')\n"
+        "fcntl.flock = flock\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{shim.parent}:{os.environ.get('PYTHONPATH', '')}")
+    for name in (f".{NAME}.lock", ".run.lock"):
+        left = root / "out" / name
+        left.touch()
+        ran = run(root, NAME)
+        told = f"{left}: another run holds it; wait, or stop that run; if none is, remove it"
+        assert ran.returncode == 2 and told in ran.stderr
+        left.unlink()
+    assert files_of(root / "out") == dict.fromkeys(
+        [f"{NAME}.ipynb", "results/01.json", "figures/01_a.png", "run.json"], "{}"
+    )
+
+
+def test_nobody_listens_and_there_is_no_home(finished, monkeypatch):
+    root = finished("print('said')")
+    monkeypatch.delenv("HOME", raising=False)
+    line = [*command(NAME), "--follow-parent"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ran = subprocess.run(line, cwd=root, stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((root / "out/results/01.json").read_text()) == {"claims": []}
+
+
+@pytest.mark.parametrize("program", ["git", "nvidia-smi"])
+def test_a_program_that_fails_says_nothing_of_a_run(tmp_path, monkeypatch, program):
+    """git that distrusts the folder's owner, nvidia-smi without a driver: told on stdout."""
+    monkeypatch.chdir(write_project(tmp_path, **{NAME: []}))
+    Path(".git").mkdir()
+    (tmp_path / program).write_text("#!/bin/sh\necho failed: no such thing; exit 9\n")
+    (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    entry = describe({"profile": "smoke"})
+    assert entry["commit"] is None and entry["dirty"] is None and entry["device"]["gpus"] == []
+
+
+def test_another_folder_is_told_as_such(tmp_path, monkeypatch):
+    (tmp_path / "params").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is not in .*params; start in a clone of the project"):
+        describe({"profile": "smoke"})
+
+
 # ---- bad input: refused before a kernel starts
 
 BAD_FILES = [

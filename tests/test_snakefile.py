@@ -126,3 +126,13 @@ def test_an_input_dated_in_the_future_is_refused_before_anything_runs(project, l
     ran = snakemake(root)
     assert ran.returncode != 0 and f"error: {late}: is dated in the future" in ran.stderr
     assert not (root / "outputs").exists()
+
+
+def test_a_result_dated_in_the_future_is_refused_for_no_change_would_be_seen(project):
+    root, ahead = project([], []), time.time() + 7200
+    done = root / f"outputs/smoke/.{FIRST}.done"
+    done.parent.mkdir(parents=True)
+    done.touch()
+    os.utime(done, (ahead, ahead))
+    ran = snakemake(root)
+    assert ran.returncode != 0 and f"{done.relative_to(root)}: is dated in the future" in ran.stderr

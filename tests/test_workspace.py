@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from latentree.evidence.claims import Claim
+from latentree.run import workspace
 from latentree.run.workspace import NotTrained, Workspace
 from latentree.series.checkpoints import IDENTITY
 from latentree.train.training import TrainingConfig
@@ -91,3 +93,25 @@ def test_checkpoints_of_another_grammar_are_refused(trained):
     edited.digest = "another"
     with pytest.raises(ValueError, match="was trained on another grammar bound"):
         trained.series(edited)
+
+
+def test_a_parameter_of_another_type_is_refused_in_the_notebook(tmp_path, monkeypatch):
+    """papermill -p gives a list as a text, and only warns."""
+    shell = SimpleNamespace(user_ns={"profile": "smoke", "corpora": "[bound]"})
+    monkeypatch.setattr(workspace, "get_ipython", lambda: shell)
+    with pytest.raises(ValueError, match=r"corpora = '\[bound\]': Input should be a valid list"):
+        Workspace("02_training", "smoke", tmp_path)
+    shell.user_ns["corpora"] = ["bound"]
+    Workspace("02_training", "smoke", tmp_path)
+
+
+def test_a_path_is_told_from_a_name_and_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    work = Workspace("03_x", "smoke", "~/out", "~/trained")
+    assert work.out == tmp_path / "out" and work.checkpoints == tmp_path / "trained"
+    assert work.folder("maker/model") is None and work.folder("lib") == work._root / "lib"
+    for given in ("~/none", "/none", "outputs/none"):
+        with pytest.raises(ValueError, match=f"{given}: there is no such folder"):
+            work.folder(given)
+    (tmp_path / "none").mkdir()
+    assert work.folder("~/none") == tmp_path / "none"

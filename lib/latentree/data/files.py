@@ -2,9 +2,11 @@
 
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -48,6 +50,20 @@ def read_yaml(path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds {values!r}; write lines `name: value`")
     return values
+
+
+@contextmanager
+def locked(file: Path, seconds: float = 0):
+    """Hold a lock; TimeoutError that says how to free it if another has it for so many seconds."""
+    try:
+        held = FileLock(file).acquire(timeout=seconds)
+    except Timeout:
+        holder = file.read_text().split()[:2]  # named on file systems that cannot lock
+        by = f" (process {', on '.join(holder)})" if holder else ""
+        told = f"{file}: another run{by} holds it; wait, or stop that run; if none is, remove it"
+        raise TimeoutError(told) from None
+    with held:
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

@@ -96,8 +96,8 @@ class Grammar:
             pcfg = nltk.PCFG.fromstring(self.file.sentence)
         except ValueError as error:
             raise self._fault(
-                f"sentence is not a PCFG: {str(error).splitlines()[0]}; "
-                "write lines like S -> A 'role' [0.5] | B [0.5]"
+                f"sentence is not a PCFG: {' '.join(str(error).split())}; "
+                "write lines like S -> A 'role' [0.5] | B [0.5], and 0.00003 for 3e-05"
             ) from None
         symbols = dict.fromkeys([pcfg.start(), *(rule.lhs() for rule in pcfg.productions())])
         number = {symbol: i for i, symbol in enumerate(symbols)}

@@ -110,10 +110,6 @@ class Internals:
         """The projection that reads the heads' mixes of values, (..., heads * head_dim)."""
         return _part(self.blocks[layer], self.names.o_proj)
 
-    def mlp(self, layer: int):
-        """The MLP of a layer."""
-        return _part(self.blocks[layer], self.names.mlp)
-
     def input_norm(self, layer: int):
         """The norm before the attention; None where it reads the stream as it is."""
         return self._norm(layer, self.names.input_norm)

@@ -27,11 +27,10 @@ from io import TextIOBase
 from pathlib import Path
 
 import papermill
-from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from latentree.data.files import read_yaml
+from latentree.data.files import locked, read_yaml
 from latentree.run.parameters import check, declared
 from latentree.run.record import describe, output_folder, project_root, without_machine, write_entry
 
@@ -55,7 +54,9 @@ def run(notebook: Path, params: Path, out: Path) -> None:
     entry = describe(values) | {"started": datetime.now(UTC).isoformat()}
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{name}.lock").acquire(timeout=0):
+    with locked(folder / ".run.lock", 20):
+        pass  # so that the end will have it
+    with locked(folder / f".{name}.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir()
         executed = Path(shutil.copy(notebook, staging))
@@ -140,7 +141,10 @@ class _Lines(TextIOBase):
             text = text.strip().split("\r")[-1]
         for line in text.splitlines():
             if line.strip():
-                print(f"{self.name}: {line}", flush=True)
+                try:
+                    print(f"{self.name}: {line}", flush=True)
+                except OSError:  # nobody listens any more, or the log's disk is full
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _finish(executed: Path, folder: Path, early: str) -> str:
@@ -176,14 +180,17 @@ def _small(picture: str) -> str:
 
 def _publish(staging: Path, folder: Path, number: str) -> None:
     """Move what a notebook has written into `folder`, in place of what an earlier run left."""
-    for earlier in folder.glob(f"*/{number}[._]*"):
-        if earlier.parent.name in ("figures", "tables", "results"):
-            earlier.unlink()
+    earlier = set()
+    for kind in ("figures", "tables", "results"):
+        earlier |= set(folder.glob(f"{kind}/{number}[._]*"))
     for file in sorted(staging.rglob("*")):
         if file.is_file():
             target = folder / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
             os.replace(file, target)
+            earlier.discard(target)
+    for file in earlier:
+        file.unlink()
     shutil.rmtree(staging)
 
 
@@ -203,26 +210,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.notebook and given.params and given.out):
         parser.error("NOTEBOOK, --params and --out are all needed")
     logging.disable()  # one line of our own says what happened
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # a terminal that cannot print a sign must not end a run
-        stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     if given.follow_parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     try:
         run(given.notebook, given.params, given.out)
         return 0
-    except Timeout as error:  # a file system without locks leaves a file that names the holder
-        holder = Path(error.lock_file).read_text().split()
-        told = f" (process {', on '.join(holder[:2])})" if holder else ""
-        status, problem = (
-            2,
-            (
-                f"another run is writing to {given.out}{told}: wait for it or stop it; if none is, "
-                f"remove {error.lock_file}"
-            ),
-        )
+    except TimeoutError as error:  # another run holds the folder
+        status, problem = 2, str(error)
     except (ValueError, FileNotFoundError) as error:
         status, problem = 2, f"{given.params}: {error}"
     except (RuntimeError, OSError) as error:

@@ -16,7 +16,7 @@ _CHOICES = {
     "spacing": Literal["even", "log"],
 }
 _MAY_BE_0 = {"mlp_width", "tokens_per_step"}
-_MAY_BE_EMPTY = {"state", "once"}
+_MAY_BE_EMPTY = {"state", "once", "replicas"}
 
 
 class Parameters(

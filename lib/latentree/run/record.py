@@ -11,10 +11,8 @@ import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
-
 import latentree
-from latentree.data.files import read_yaml, write_text
+from latentree.data.files import locked, read_yaml, write_text
 
 _PACKAGES = "torch transformers accelerate nnsight nltk numpy pandas scipy papermill".split()
 
@@ -36,8 +34,11 @@ def version_of(profile: str) -> str:
     folder = project_root() / "params"
     files = sorted((folder / profile).glob("*.yaml"))
     if not files:
-        known = sorted({file.parent.name for file in folder.glob("*/*.yaml")} - {"grammars"})
-        raise ValueError(f"profile = {profile!r}: choose one of {', '.join(known)}")
+        known = sorted(
+            {file.parent.name for file in folder.glob("*/*.yaml")} - {"grammars", "series"}
+        )
+        mend = f"choose one of {', '.join(known)}" if known else "start in a clone of the project"
+        raise ValueError(f"profile = {profile!r}: is not in {folder}; {mend}")
     files += sorted((folder / "grammars").glob("*.yaml"))
     values = {f"{file.parent.name}/{file.stem}": read_yaml(file) for file in files}
     return f"{latentree.__version__}-{_digest(values)[:8]}"
@@ -61,7 +62,7 @@ def describe(values: dict) -> dict:
 def write_entry(folder: Path, notebook: str, entry: dict) -> None:
     """Put one notebook's entry into FOLDER/run.json; notebooks that finish together wait."""
     file = folder / "run.json"
-    with FileLock(folder / ".run.lock"):
+    with locked(folder / ".run.lock", 20):
         record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         record = dict(sorted((record | {notebook: entry}).items()))
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -72,7 +73,8 @@ def without_machine(text: str, folder: Path) -> str:
     """JSON text with paths told from the project's root, and the home folder as ~."""
     root, packages = project_root(), Path(sysconfig.get_path("purelib"))
     inside = folder.relative_to(root) if folder.is_relative_to(root) else folder.name
-    shown = {folder: f"{inside}", root: ".", packages: packages.name, Path.home(): "~"}
+    shown = {folder: f"{inside}", root: ".", packages: packages.name}
+    shown[Path(os.path.expanduser("~"))] = "~"  # a user without a home folder has none to hide
     for path, name in shown.items():
         if path != path.parent:  # a home folder of / is in every path
             text = re.sub(rf"{re.escape(str(path))}(?![\w.-])", name, text)
@@ -83,27 +85,30 @@ def _digest(values: dict) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _told(*line) -> str | None:
+    """What a program prints in the project's root; None if it is not installed, or fails."""
+    if shutil.which(line[0]) is None:
+        return None
+    ran = subprocess.run(line, cwd=project_root(), capture_output=True, text=True)
+    return None if ran.returncode else ran.stdout.strip()
+
+
 def _git_state() -> dict:
-    """Commit, and whether files outside outputs/ differ from it; None without git."""
-    root = project_root()
-    if not (root / ".git").exists():
+    """Commit, and whether files outside outputs/ differ from it; None where git does not say."""
+    commit = None
+    if (project_root() / ".git").exists():  # and not a repository that the project lies in
+        commit = _told("git", "rev-parse", "--verify", "HEAD")
+    if commit is None:
         return {"commit": None, "dirty": None}
-
-    def git(*arguments):
-        told = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return told.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ".", ":(exclude)outputs")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": changed != ""}
+    changed = _told("git", "status", "--porcelain", "--", ".", ":(exclude)outputs")
+    return {"commit": commit, "dirty": changed != ""}
 
 
 def _device() -> dict:
     """Names of the processor and the GPUs, and the number of threads a notebook may use."""
-    processors, gpus = Path("/proc/cpuinfo"), ""
+    processors = Path("/proc/cpuinfo")
     found = processors.exists() and re.search(r"model name\s*: (.+)", processors.read_text())
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(query, capture_output=True, text=True).stdout
+    gpus = _told("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or ""
     return {
         "cpu": found[1] if found else platform.machine(),
         "gpus": gpus.splitlines(),

@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         train_all(*pool(given.params, given.out, given.notebook, given.corpus, given.seed))
-    except (ValueError, FileNotFoundError) as error:
-        print("error:", error, file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     return 0
 

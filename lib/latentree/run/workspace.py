@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import Image
 
 from latentree.data.corpus import load_corpus
@@ -29,7 +30,7 @@ class Workspace:
     `out` is written to: figures, tables and results. `checkpoints` is read from, and trained into
     by the notebooks that train; empty, it is that of the profile's run,
     outputs/PROFILE/checkpoints. Relative folders are those of the project, wherever Jupyter was
-    started.
+    started. ValueError for a parameter in the notebook that is not of its declared type.
     """
 
     def __init__(
@@ -40,13 +41,35 @@ class Workspace:
         checkpoints="",
         grammars="params/grammars",
     ):
-        self._root = root = project_root()
+        self._root = project_root()
         self.notebook, self.profile = notebook, profile
-        self.out = root / out
-        self.checkpoints = root / (checkpoints or output_folder(profile) / "checkpoints")
-        self.grammars = root / grammars
+        self._check_parameters()
+        self.out = self._path(out)
+        self.checkpoints = self._path(checkpoints or output_folder(profile) / "checkpoints")
+        self.grammars = self._path(grammars)
         pd.set_option("display.max_colwidth", None)  # statements are read, not glanced at
         figures.set_style()
+
+    def _check_parameters(self) -> None:
+        """What papermill -p, or a hand, has put into the notebook's first cell."""
+        file = self._root / "notebooks" / f"{self.notebook}.ipynb"
+        if get_ipython() and file.exists():
+            fields, here = declared(file), get_ipython().user_ns
+            check({name: here[name] for name in fields.model_fields if name in here}, fields)
+
+    def _path(self, given) -> Path:
+        return self._root / Path(given).expanduser()
+
+    def folder(self, given: str) -> Path | None:
+        """The folder of this path; None if it is a name, as of a package, and not a path.
+
+        ValueError for a path where there is no folder.
+        """
+        if self._path(given).is_dir():
+            return self._path(given)
+        if given.startswith(("/", "~", ".", "outputs/")):
+            raise ValueError(f"{given}: there is no such folder; give one, or a name")
+        return None
 
     def corpus(self, name: str, seed: int = 0):
         """The corpus of the grammar file NAME.yaml, with this seed."""
@@ -57,7 +80,7 @@ class Workspace:
 
         They are read from a `file` of its parameters; empty, from the profile's.
         """
-        given = read_yaml(self._root / (file or f"params/{self.profile}/02_training.yaml"))
+        given = read_yaml(self._path(file or f"params/{self.profile}/02_training.yaml"))
         values = check(given, declared(self._root / "notebooks/02_training.ipynb"))
         known = [name for name in TrainingConfig.model_fields if name in values]
         return {name: values[name] for name in known if name != "tokens"} | changes
@@ -74,13 +97,17 @@ class Workspace:
         """
         folder = self._run_folder(corpus.name, seed, variant)
         series = LocalSeries(folder)
+        self.same_grammar(series, corpus)
+        return series
+
+    def same_grammar(self, series: LocalSeries, corpus) -> None:
+        """ValueError if a series was not trained on this corpus."""
         theirs = series.identity.get("grammar")
         if theirs != corpus.digest:
             raise ValueError(
-                f"{folder}: was trained on another grammar {corpus.name} ({theirs}, this one is "
-                f"{corpus.digest}); train again in another folder, or restore the grammar file"
+                f"{series.folder}: was trained on another grammar {corpus.name} ({theirs}, this "
+                f"one is {corpus.digest}); train in another folder, or restore the grammar file"
             )
-        return series
 
     def all_series(self, corpus, seeds, variant: str = "") -> dict:
         """{seed: series} of those of the `seeds` with which a model was trained on a corpus.

@@ -48,15 +48,22 @@ def read_identity(folder: Path) -> dict:
     """What was trained on what, from a run's folder or a checkpoint's."""
     if not (folder / IDENTITY).exists():
         raise ValueError(f"{folder}: has no {IDENTITY}; train there first, or name another folder")
-    return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    try:
+        return json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / IDENTITY}: is damaged: {error}; give another folder") from None
 
 
 def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     """The model in `folder`, ready to be measured; `options` go to from_pretrained.
 
     ValueError if the folder lacks some of its weights, which transformers would draw at random, or
-    has others than its config says, which it would leave out.
+    has others than its config says, which it would leave out. PermissionError for a file that may
+    not be read, which safetensors would call missing.
     """
+    for file in Path(folder).iterdir():
+        if file.is_file():
+            file.open("rb").close()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -70,7 +77,7 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{folder}: lacks the weights {missing[0]} (and {len(missing) - 1} more); "
-            "remove this checkpoint, or choose another"
+            "choose another checkpoint"
         )
     if others := sorted(k for k in report["unexpected_keys"] if not k.endswith(_BUFFERS)):
         raise ValueError(
@@ -90,7 +97,9 @@ class LocalSeries:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.identity = read_identity(self.folder)
-        self._folders = {int(path.name[5:]): path for path in sorted(self.folder.glob("step-*"))}
+        self._folders = {
+            int(path.name[5:]): path for path in sorted(self.folder.glob("step-" + "[0-9]" * 8))
+        }
         if not self._folders:
             raise ValueError(f"{folder}: has no checkpoints yet; train there first")
         for path in self._folders.values():
@@ -98,7 +107,7 @@ class LocalSeries:
             if theirs != self.identity:
                 raise ValueError(
                     f"{path}: is of another run, {theirs}, and not of this one, {self.identity}; "
-                    "remove this checkpoint"
+                    "move it elsewhere"
                 )
 
     @property

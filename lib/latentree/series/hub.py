@@ -4,6 +4,7 @@ huggingface_hub fetches the files, goes on where a download broke, and keeps the
 HF_HUB_OFFLINE=1 in the environment the cache alone is read. Code of a repository is never run.
 """
 
+import os
 import re
 import shutil
 import warnings
@@ -35,9 +36,9 @@ _SCALES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _MENDS = [  # what huggingface_hub raises, and what to do then
     (GatedRepoError, "ask for access on its page, and log in by `hf auth login`"),
     (HfHubHTTPError, "look at its name, log in again by `hf auth login`, or try later"),
-    (PermissionError, "give a cache that can be written to"),
     (Exception, "look at the network, or set HF_HUB_OFFLINE=1 to read the cache alone"),
 ]
+_OF_THE_CACHE = "give a cache (HF_HUB_CACHE) that can be read and written, or free=False"
 
 
 @contextmanager
@@ -48,6 +49,8 @@ def _asking(repository):
     except (httpx.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())
         mend = next(mend for kind, mend in _MENDS if isinstance(error, kind))
+        if getattr(error, "errno", None):  # the file system's: rights, room, a read-only disk
+            mend = _OF_THE_CACHE
         raise ValueError(f"{repository}: {reason}; {mend}") from error
 
 
@@ -74,14 +77,21 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
         told = f"{repository}: {len(later)} revisions of later stages are left out, as {later[0]}"
         warnings.warn(f"{told}; give {{step: revision}} to measure them", stacklevel=2)
     if not named:
-        raise ValueError(f"{repository}: no revision names a training step; give steps yourself")
+        there = ", ".join(sorted(names)[:3]) or "there is none"
+        where = f"HF_HUB_OFFLINE: in {cache or constants.HF_HUB_CACHE} "
+        where = where if constants.HF_HUB_OFFLINE else ""
+        raise ValueError(
+            f"{repository}: {where}no revision names a training step ({there}); give them as named"
+        )
     return dict(sorted(named.items()))
 
 
 def _cached(repository, cache) -> dict[str, dict]:
     """What the cache has: {revision: {file name: what huggingface_hub says of the file}}."""
     found = {}
-    for repo in scan_cache_dir(cache).repos:
+    with _asking(repository):
+        scanned = scan_cache_dir(cache)
+    for repo in scanned.repos:
         if repo.repo_id == repository:
             for revision in repo.revisions:
                 files = {file.file_name: file for file in revision.files}
@@ -256,9 +266,10 @@ class HubSeries:
     def config(self, step: int | None = None):
         """The transformers config of its models. ValueError for an architecture unknown here."""
         commit = self._found[self.steps[-1] if step is None else step].commit
-        config = AutoConfig.from_pretrained(
-            self.repository, revision=commit, cache_dir=self._cache, trust_remote_code=False
-        )
+        with _asking(self.repository):
+            config = AutoConfig.from_pretrained(
+                self.repository, revision=commit, cache_dir=self._cache, trust_remote_code=False
+            )
         if config.model_type not in NAMES:
             known = ", ".join(NAMES)
             raise ValueError(f"{self.repository}: is a {config.model_type}; use one of {known}")
@@ -289,4 +300,7 @@ class HubSeries:
             if gone and self._missing(found) < found.bytes:
                 stale.append(found.commit)
         self._loaded = step
-        scan_cache_dir(self._cache).delete_revisions(*stale).execute()
+        if stale:
+            with _asking(self.repository):
+                os.utime(self._cache)  # huggingface_hub only logs that it may not remove
+                scan_cache_dir(self._cache).delete_revisions(*stale).execute()

@@ -8,13 +8,14 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from latentree.data.corpus import held_out
 from latentree.series.checkpoints import seed_folder
-from latentree.train.training import CARD, TrainingConfig, check_run, launched, train
+from latentree.train.training import CARD, Bar, TrainingConfig, check_run, launched, train
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# A container's time on processors, in a period: of control groups 2, and 1.
+_QUOTAS = ("cpu.max", "cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def plan(corpora, tokens, seeds, folder, held_out_sequences, variant="", **settings) -> dict:
@@ -60,7 +61,7 @@ def _side_by_side(jobs):
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
     total = sum(config.steps * config.step_tokens for config, _, _ in jobs.values())
-    bar = tqdm(desc=f"{len(jobs)} models", total=total, unit=" tokens", unit_scale=True)
+    bar = Bar(desc=f"{len(jobs)} models", total=total)
     workers = min(len(jobs), usable_cores())
     with ProcessPoolExecutor(workers, context, _begin, (done,)) as pool:
         futures = [pool.submit(_train_one, *job, folder) for folder, job in jobs.items()]
@@ -82,9 +83,11 @@ def usable_cores() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if asked.isdigit() and int(asked):
         bound = min(bound, int(asked))
-    quota = _QUOTA.read_text().split() if _QUOTA.exists() else ["max"]  # microseconds in a period
-    if quota[0] != "max":
-        bound = min(bound, max(1, int(quota[0]) // int(quota[1])))
+    for files in _QUOTAS:
+        said = [(_GROUPS / file).read_text() for file in files.split() if (_GROUPS / file).exists()]
+        quota = " ".join(said).split()  # microseconds, of microseconds; max or -1: no limit
+        if len(quota) == 2 and quota[0].isdigit():
+            bound = min(bound, max(1, int(quota[0]) // int(quota[1])))
     return bound
 
 

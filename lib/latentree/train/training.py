@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -16,12 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm.auto import tqdm
 
 from latentree.data.corpus import Stream
-from latentree.data.files import write_text
+from latentree.data.files import locked, write_text
 from latentree.data.words import tokenizer
 from latentree.inside.names import Internals
 from latentree.series.checkpoints import IDENTITY, checkpoint_steps, read_identity, save_checkpoint
@@ -32,6 +31,18 @@ CARD = "run_card.json"  # written last: its presence says that the training is f
 STATE = "state.pt"  # where an interrupted training goes on
 _LOG_ROWS = 500  # rows of losses.csv, about
 _LAUNCHERS = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PMI_ OMPI_COMM_ MV2_COMM_ ACCELERATE_"
+
+
+class Bar(tqdm):
+    """A bar of tokens. That it cannot be shown (a closed pipe, a full disk) never ends a run."""
+
+    def __init__(self, **settings):
+        super().__init__(unit=" tokens", unit_scale=True, **settings)
+
+    def display(self, *args, **settings):
+        """Show it, if that is possible."""
+        with suppress(OSError):
+            return super().display(*args, **settings)
 
 
 class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
@@ -66,12 +77,6 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     micro_batches: PositiveInt = 1  # parts that a step's sequences run in: less memory
     compiled: bool = False  # by torch.compile: faster on a GPU; changes rounding only
     state_every_seconds: NonNegativeFloat = 60.0  # so much is lost at most when killed
-
-    @classmethod
-    def like(cls, identity: dict, **changes) -> "TrainingConfig":
-        """The settings of a run (its series' `identity`), some of them changed."""
-        known = {name: identity[name] for name in cls.model_fields if name in identity}
-        return cls(**known | changes)
 
     @property
     def step_tokens(self) -> int:
@@ -109,7 +114,7 @@ def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.Data
         return pd.read_csv(folder / "losses.csv")
     accelerator = _accelerator(config, device)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"), timeout=5)
+    lock = locked(folder.with_name(f".{folder.name}.lock"), 5)
     with lock if accelerator.is_main_process else nullcontext():
         _loop(config, corpus, held_out, folder, identity, accelerator, tell)
     return pd.read_csv(folder / "losses.csv")
@@ -132,8 +137,7 @@ def check_run(config, corpus, held_out, folder) -> dict:
     different = [name for name in identity | there if there.get(name) != identity.get(name)]
     if different:
         raise ValueError(
-            f"{folder}: holds a training with other {', '.join(different)}; name a new folder, "
-            "or remove this one"
+            f"{folder}: holds a training with other {', '.join(different)}; name a new folder"
         )
     return identity
 
@@ -154,17 +158,17 @@ def launched() -> bool:
     """Whether a launcher started this process as one of several.
 
     Without all that a launcher sets, what a scheduler or a shell has left in the environment
-    (WORLD_SIZE, PMI_SIZE, ACCELERATE_...) would make Accelerate wait for others: it is taken away,
-    with a warning.
+    (WORLD_SIZE, PMI_SIZE, ...) would make Accelerate wait for others. That is taken away with a
+    warning, and so is ACCELERATE_...: how a model is trained, its TrainingConfig says alone.
     """
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
-        return int(os.environ["WORLD_SIZE"]) > 1
-    left = [name for name in os.environ if name.startswith(tuple(_LAUNCHERS.split()))]
+    at_work = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    begins = "ACCELERATE_" if at_work else _LAUNCHERS
+    left = [name for name in os.environ if name.startswith(tuple(begins.split()))]
     for name in left:
         del os.environ[name]
     if left:
-        warnings.warn(f"ignored, for no launcher is at work: {', '.join(left)}", stacklevel=2)
-    return False
+        warnings.warn(f"ignored in the environment: {', '.join(left)}", stacklevel=2)
+    return at_work and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
@@ -203,8 +207,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     if tell is None:
         total = config.steps * config.step_tokens
         hidden = not accelerator.is_main_process
-        bar = tqdm(desc=corpus.name, total=total, unit=" tokens", unit_scale=True, disable=hidden)
-        tell = bar.update
+        tell = Bar(desc=corpus.name, total=total, disable=hidden).update
     tell(run.step * config.step_tokens)
     if run.step == 0:
         if accelerator.is_main_process:  # all that could have failed is made by now
