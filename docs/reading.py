@@ -107,7 +107,8 @@ def in_words(papers, where: str = "", against: str = "", explained: str = "") ->
         return "not run"
     if all(held):
         less = ", but something simpler does as well" if explained == "as predicted" else ""
-        return f"holds {where}".strip() + less
+        part = "" if len(tested) == len(papers) else ", as far as tested"
+        return f"holds {where}".strip() + less + part
     if any(held):
         return f"holds in part {where}".strip()
     return "not found" if set(tested) <= {"absent", "contradicted"} else "undecided"
