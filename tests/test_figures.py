@@ -1,5 +1,6 @@
 """Pictures show the numbers of their tables, where they belong."""
 
+import warnings
 from io import BytesIO
 
 import matplotlib
@@ -107,3 +108,9 @@ def test_a_verdicts_interval_is_drawn_over_its_region():
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert [dot.get_xdata()[0] for dot in dots] == [0.2, 0.5]
     assert [dot.get_markerfacecolor() for dot in dots] == ["white", "black"]
+
+
+def test_verdicts_on_nothing_are_an_empty_picture():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not figures.verdicts([]).axes[0].patches

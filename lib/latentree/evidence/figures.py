@@ -181,7 +181,7 @@ def verdicts(claims):
     values = [end for claim in shown for end in claim.interval]
     edges = [edge for claim in shown for edge in (claim.above, claim.below) if edge is not None]
     least, most = min([0, *values, *edges]), max([0, *values, *edges])
-    margin = 0.05 * (most - least)
+    margin = 0.05 * (most - least) or 1.0  # nothing could be measured
     for row, claim in enumerate(shown):
         value, low, high = claim.interval
         left = least - margin if claim.above is None else claim.above
