@@ -89,7 +89,8 @@ def scorecard(run: Path) -> str:
         told = {name: claims.loc[_key(claim), "verdict"] for name, claim in other.items()}
         word = in_words(asked.verdict[asked.whose == "paper"], row.get("where", ""), **told)
         named = [_in_short(name, claims) for name in [*row["claims"], *other.values()]]
-        picture = f'<img src="{run.as_posix()}/figures/{row["picture"]}.png" width="180" alt="{row["figure"]}">'
+        file = f"{run.as_posix()}/figures/{row['picture']}.png"
+        picture = f'<img src="{file}" width="180" alt="{row["figure"]}">'
         link = f"{run.as_posix()}/{names[row['picture'][:2]]}.ipynb"
         shown = [row["figure"], row["says"], "<br>".join(named), f"**{word}**"]
         rows.append([*shown, f"[{picture}]({link})"])
