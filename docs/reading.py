@@ -92,9 +92,14 @@ def scorecard(run: Path) -> str:
         file = f"{run.as_posix()}/figures/{row['picture']}.png"
         picture = f'<img src="{file}" width="180" alt="{row["figure"]}">'
         link = f"{run.as_posix()}/{names[row['picture'][:2]]}.ipynb"
-        shown = [row["figure"], row["says"], "<br>".join(named), f"**{word}**"]
+        shown = [
+            row["figure"].replace(" ", "&nbsp;"),
+            row["says"],
+            "<br>".join(named),
+            f"**{word}**",
+        ]
         rows.append([*shown, f"[{picture}]({link})"])
-    columns = ["in the paper", "it says", "measured here, with 95 %", "verdict", "see"]
+    columns = ["paper", "it says", "measured here, with 95 %", "verdict", "see"]
     return _narrow(pd.DataFrame(rows, columns=columns).to_markdown(index=False))
 
 
