@@ -30,7 +30,7 @@ def expected(grammar):
     The last row has role "all". `share` is the role's share of tokens; losses are nats per token of
     that role. latent_aware is NaN by role where it has no short form: where a word comes before the
     word it follows and the roles are large, or where the roles so far leave open whom a word
-    follows; the last row is always exact. Raises ValueError where a whole sentence leaves that open.
+    follows; the last row is always exact. ValueError where a whole sentence leaves that open.
     """
     shapes, mass = _enumerated(grammar), defaultdict(float)
     for shape in shapes:

@@ -129,7 +129,7 @@ class PrefixParser:
         return here
 
     def _predict(self, known, wanted):
-        """Fill in what may begin after a prefix, and what comes next; `wanted` {symbol: forward}."""
+        """Fill in what may begin after a prefix, and what is next; `wanted` {symbol: forward}."""
         known.need, law = np.zeros(len(self._left_corner)), np.zeros(len(self._number))
         for symbol, forward in wanted.items():
             if isinstance(symbol, str):

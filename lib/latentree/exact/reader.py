@@ -85,8 +85,8 @@ def reader_losses(
     It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits,
     and which word follows which in a sentence; of latents, what the tokens since the field `unit`
     last changed tell (put the sentence's number there for a reader that forgets). Exact where no
-    habits bind words or a role has at most `maps` maps, as long as a clause has each role once and is finished before the next
-    begins. Else the Monte Carlo error is that between two seeds; on average the loss is too high,
+    habits bind words or a role has at most `maps` maps, as long as a clause has each role once and
+    is finished before the next begins. Else the Monte Carlo error is that between two seeds; on average the loss is too high,
     by about a quarter of the mean squared difference between two seeds' losses.
 
     Raises ValueError if latents are redrawn in part or at several levels, or if the roles so far do
@@ -153,8 +153,8 @@ def check_known(grammar):
         )
     if grammar.file.binding and (grammar.shapes is None or open_binding(grammar.shapes)):
         raise ValueError(
-            f"{grammar.name}: its roles do not say, as they come, which word follows which, so that "
-            "the ideal reader is not known; set binding to 0, or choose another grammar"
+            f"{grammar.name}: its roles do not say, as they come, which word follows which, so "
+            "that the ideal reader is not known; set binding to 0, or choose another grammar"
         )
 
 
