@@ -86,8 +86,8 @@ def reader_losses(
     and which word follows which in a sentence; of latents, what the tokens since the field `unit`
     last changed tell (put the sentence's number there for a reader that forgets). Exact where no
     habits bind words or a role has at most `maps` maps, as long as a clause has each role once and
-    is finished before the next begins. Else the Monte Carlo error is that between two seeds; on average the loss is too high,
-    by about a quarter of the mean squared difference between two seeds' losses.
+    is finished before the next begins. Else the Monte Carlo error is that between two seeds; on
+    average the loss is too high, by about a quarter of the mean squared difference between them.
 
     Raises ValueError if latents are redrawn in part or at several levels, or if the roles so far do
     not say which word follows which: this reader knows no such latents, and no such sentences.
