@@ -43,14 +43,14 @@ def test_side_by_side_or_alone_the_models_are_the_same_and_one_may_fail(tmp_path
     rates = {"learning_rate": 1e30, "muon_learning_rate": 1e30}
     bad = {tmp_path / "bad": (config.model_copy(update=rates), *rest)}
     with pytest.raises(ValueError, match="not finite at step"):
-        train_all(bad | jobs)
+        train_all(bad | jobs, "cpu")
     assert not (tmp_path / "bad" / CARD).exists()
     for folder, job in jobs.items():
         alone = tmp_path / "alone" / folder.parent.name
         assert train(*job, alone, "cpu").equals(pd.read_csv(folder / "losses.csv"))
         assert weights(folder) == weights(alone)
     before = [(folder / CARD).stat().st_mtime_ns for folder in jobs]
-    train_all(jobs)
+    train_all(jobs, "cpu")
     assert before == [(folder / CARD).stat().st_mtime_ns for folder in jobs]
 
 
@@ -70,7 +70,7 @@ def test_trainings_end_when_the_process_that_started_them_is_killed(tmp_path):
         "import sys, pathlib, test_jobs\n"
         "if __name__ == '__main__':\n"
         "    jobs = test_jobs.jobs_in(pathlib.Path(sys.argv[1]), 10**8)\n"
-        "    test_jobs.train_all(jobs)\n"
+        "    test_jobs.train_all(jobs, 'cpu')\n"
     )
     path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     command = [sys.executable, str(script), str(tmp_path)]
@@ -201,7 +201,8 @@ def in_two_processes(folder):
     """What accelerate launch starts on two GPUs, on CPUs."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     module = ["-m", "latentree.run.trainings", *command(folder, "--corpus", "bound", "--seed", "0")]
-    return subprocess.Popen(launch + module, stderr=subprocess.PIPE, text=True)
+    here = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(launch + module, env=here, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_give_the_losses_of_one_and_go_on_when_they_are_killed(tmp_path):

@@ -105,7 +105,7 @@ def test_a_model_learns_to_count(tmp_path, settings):
 
 def test_micro_batches_and_compilation_change_rounding_only(finished, tmp_path, monkeypatch):
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compiler(model, backend="aot_eager"))
     before = pd.read_csv(finished / "losses.csv").loss
     for name, settings in {"parts": {"micro_batches": 2}, "compiled": {"compiled": True}}.items():
         losses = small(tmp_path / name, **settings)

@@ -16,7 +16,7 @@ from latentree.data.grammar import Grammar
 
 HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
 _BLOCK = 1 << 16  # documents whose order is shuffled together, where documents share latents
-_REFILL = 1 << 17  # tokens that a stream samples at a time
+_REFILL = {"cpu": 1 << 17, "cuda": 1 << 21}  # tokens that a stream samples at a time
 
 
 @dataclass
@@ -162,10 +162,10 @@ class Stream:
 
     def next_batch(self):
         """The next (rows, context) tokens, int64."""
-        if self._used == self._batches.shape[1]:
+        if self._used == len(self._batches):
             self._refill()
         self._used += 1
-        return self._batches[:, self._used - 1]
+        return self._batches[self._used - 1]
 
     def state_dict(self):
         """Where each row stands: the number of its document, and a place in that."""
@@ -174,12 +174,13 @@ class Stream:
     def load_state_dict(self, state):
         """Go on where the stream of these rows stood that gave `state`."""
         self._begins, self._used = [[at] for at in state["at"]], 0
-        self._batches = torch.empty(self.rows, 0, self.context, dtype=torch.int64)
+        self._batches = []
 
     def _refill(self):
         """Sample the next documents of each row and cut them into windows, as many in each row."""
         at = self.state_dict()["at"]
-        per_row, count = max(1, round(_REFILL / (self.rows * self.corpus.mean_document_length))), 0
+        wanted = _REFILL[torch.device(self.device).type]
+        per_row, count = max(1, round(wanted / (self.rows * self.corpus.mean_document_length))), 0
         while count == 0:
             place = torch.tensor([document for document, _ in at])[:, None] + torch.arange(per_row)
             ids = self.corpus.training_ids((self._row + place * self.total_rows).flatten())
@@ -195,7 +196,7 @@ class Stream:
             windows = torch.tensor([begin for begin, _, _ in cut[:count]], device=lane.device)
             batches.append(lane[windows[:, None] + torch.arange(self.context, device=lane.device)])
             self._begins.append([(first + document, place) for _, document, place in cut])
-        self._batches = torch.stack(batches)
+        self._batches = torch.stack(batches, 1)
 
     def _cut(self, ends, begin):
         """Where windows begin in documents with these ends, the one after the last included.

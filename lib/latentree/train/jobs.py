@@ -1,4 +1,4 @@
-"""Many trainings at once. On a CPU small models train fastest side by side, on one thread each."""
+"""Many trainings at once: small models train fastest side by side, on a CPU and on a GPU."""
 
 import multiprocessing
 import os
@@ -16,6 +16,8 @@ from latentree.train.training import CARD, Bar, TrainingConfig, check_run, launc
 # A container's time on processors, in a period: of control groups 2, and 1.
 _QUOTAS = ("cpu.max", "cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us")
 _GROUPS = Path("/sys/fs/cgroup")
+# On a GPU so many at a time, if each has so many bytes: a small model leaves most of it idle.
+_ON_A_GPU, _SHARE_OF_GPU = 6, 16e9
 
 
 def plan(corpora, tokens, seeds, folder, held_out_sequences, variant="", **settings) -> dict:
@@ -36,19 +38,21 @@ def plan(corpora, tokens, seeds, folder, held_out_sequences, variant="", **setti
 def train_all(jobs: dict, device: str = "auto") -> None:
     """Train every job {folder: (TrainingConfig, corpus, held-out tokens)} as `training.train` does.
 
-    On a CPU as many at a time as there are cores to use, the longest first, each in a process of
-    its own with one thread, so that weights do not depend on the number of cores; on a GPU one
-    after the other. All are checked before any starts, one that fails does not stop the others, and
-    what is finished is not repeated. ValueError as from `train`, of the first that failed.
+    The longest begin, each in a process of its own with one thread, so that weights do not depend
+    on the number of cores: on a CPU as many at a time as there are cores to use, on a GPU up to
+    six, one for each 16 GB. Where a launcher started several processes, they train together, one
+    model after the other. All are checked before any starts, one that fails does not stop the
+    others, and what is finished is not repeated. ValueError as from `train`, of the first that
+    failed.
     """
     for folder, (config, corpus, unseen) in jobs.items():
         check_run(config, corpus, unseen, folder)
     left = {folder: job for folder, job in jobs.items() if not (folder / CARD).exists()}
-    if launched() or device == "cuda" or device == "auto" and torch.cuda.is_available():
+    if launched():
         for folder, job in left.items():
             train(*job, folder, device)
     elif left:
-        _side_by_side(dict(sorted(left.items(), key=_work, reverse=True)))
+        _side_by_side(dict(sorted(left.items(), key=_work, reverse=True)), device)
 
 
 def _work(job) -> int:
@@ -57,20 +61,28 @@ def _work(job) -> int:
     return config.tokens * config.layers * config.width
 
 
-def _side_by_side(jobs):
+def _side_by_side(jobs, device):
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
     total = sum(config.steps * config.step_tokens for config, _, _ in jobs.values())
     bar = Bar(desc=f"{len(jobs)} models", total=total)
-    workers = min(len(jobs), usable_cores())
+    workers = min(len(jobs), _at_a_time(device))
     with ProcessPoolExecutor(workers, context, _begin, (done,)) as pool:
-        futures = [pool.submit(_train_one, *job, folder) for folder, job in jobs.items()]
+        futures = [pool.submit(_train_one, *job, folder, device) for folder, job in jobs.items()]
         while wait(futures, timeout=2).not_done:
             bar.update(done.value - bar.n)
     bar.update(done.value - bar.n)
     bar.close()
     for future in futures:
         future.result()
+
+
+def _at_a_time(device) -> int:
+    """How many trainings are run at a time on a device."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return usable_cores()
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(_ON_A_GPU, int(memory / _SHARE_OF_GPU)))
 
 
 def usable_cores() -> int:
@@ -114,5 +126,5 @@ def _follow_parent():
     os._exit(1)
 
 
-def _train_one(config, corpus, unseen, folder):
-    train(config, corpus, unseen, folder, "cpu", _tell)
+def _train_one(config, corpus, unseen, folder, device):
+    train(config, corpus, unseen, folder, device, _tell)

@@ -118,7 +118,10 @@ class BatchedMuon(torch.optim.Muon):
         tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
         lying = [u.T if t else u for u, t in zip(updates, tall)]
         directions = _orthogonalised(torch.stack(lying))
-        for matrix, direction, t in zip(matrices, directions, tall):
-            matrix.mul_(1 - group["lr"] * group["weight_decay"])
-            scale = math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
-            matrix.add_(direction.T if t else direction, alpha=-group["lr"] * scale)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        for standing in set(tall):
+            here = [n for n, t in enumerate(tall) if t == standing]
+            changed = [matrices[n] for n in here]
+            steps = [directions[n].T if standing else directions[n] for n in here]
+            scale = math.sqrt(max(1, changed[0].shape[0] / changed[0].shape[1]))
+            torch._foreach_add_(changed, steps, alpha=-group["lr"] * scale)

@@ -195,7 +195,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     card = {"corpus": corpus.name, "parameters": model.num_parameters()}
     noise = _resample_attention(model, config)
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
-    forward = torch.compile(model) if config.compiled else model
+    forward = _compiled(model, config) if config.compiled else model
     held_out = held_out.to(device)
     run = SimpleNamespace(step=0, seconds=0.0, losses=[], held_out=[])
     _load_state(accelerator, folder, model, optimizers, stream, run)
@@ -276,6 +276,15 @@ def _resample_attention(model, config) -> torch.Generator:
         for layer in range(inside.layers):
             inside.attention_written(layer).register_forward_hook(resample)
     return noise
+
+
+def _compiled(model, config):
+    """The model by torch.compile; on a GPU its many small kernels are started as one graph.
+
+    Gradients of a graph live only until it runs again: not where they are summed over parts.
+    """
+    mode = "reduce-overhead" if config.micro_batches == 1 else "default"
+    return torch.compile(model, mode=mode)
 
 
 def _backward(accelerator, model, forward, parts):
