@@ -113,6 +113,22 @@ def test_micro_batches_and_compilation_change_rounding_only(finished, tmp_path, 
         assert LocalSeries(tmp_path / name).load(24)
 
 
+def test_each_model_of_a_process_is_compiled(tmp_path, monkeypatch):
+    compiler, compiled = torch.compile, []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", lambda model, mode: compiler(model, backend=backend))
+    counts = []
+    for number in range(3):
+        small(tmp_path / str(number), compiled=True, seed=number)
+        counts.append(len(compiled))
+    assert counts[0] and counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+
+
 # ---------------------------------------------------------------------- kill and resume
 
 

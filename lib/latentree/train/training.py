@@ -281,8 +281,10 @@ def _resample_attention(model, config) -> torch.Generator:
 def _compiled(model, config):
     """The model by torch.compile; on a GPU its many small kernels are started as one graph.
 
-    Gradients of a graph live only until it runs again: not where they are summed over parts.
+    Gradients of a graph live only until it runs again: not where they are summed over parts. What
+    was compiled before is forgotten, for after some models in a process torch compiles no more.
     """
+    torch.compiler.reset()
     mode = "reduce-overhead" if config.micro_batches == 1 else "default"
     return torch.compile(model, mode=mode)
 
