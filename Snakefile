@@ -1,4 +1,5 @@
-"""The order of the notebooks; `make run` starts it. A notebook is executed again when one of its inputs is newer.
+"""The order of the notebooks; `make run` starts it, and `make labs` the labs. A notebook is executed again when one of its inputs
+is newer.
 
 Inputs are the notebook, its parameter file, the grammars that these name, and the modules of lib that it imports, directly or
 through others. The output is a stamp, .NN_name.done: `latentree.run` itself moves what a notebook writes into its place, and
@@ -37,6 +38,7 @@ GPUS = int(config.get("gpus", 0 if PROFILE in ("smoke", "laptop", "evening") els
 CORES = workflow.cores or 2  # a cluster does not say how many it has
 SLURM = {f"slurm_{name}": config[name] for name in ("account", "partition") if name in config}
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
+LABS = {f"labs/{file.stem}": [] for file in sorted(Path(f"params/{PROFILE}/labs").glob("*.yaml"))}
 
 # `make run` has trained all models of all notebooks in one pool before (latentree.run.trainings). With GPUs each training of notebook 02
 # is a job of its own, so that a cluster runs them in parallel; the other notebooks then train by themselves.
@@ -45,7 +47,7 @@ GRAMMARS = {file.stem: file for file in sorted(Path("params/grammars").glob("*.y
 
 
 def stamp(name):
-    return f"{OUT}/.{name}.done"
+    return str(Path(OUT, name).with_name(f".{Path(name).name}.done"))
 
 
 def code_of(name):
@@ -91,7 +93,7 @@ def modules_of(code):
 
 def tell():
     """One line for each notebook: done, or failed and where to look."""
-    for name in HERE:
+    for name in LABS if "labs" in sys.argv else HERE:
         failed, done = Path(OUT, f"{name}.failed.ipynb"), Path(stamp(name)).exists()
         told = f"FAILED, see {failed}" if failed.exists() else "done" if done else "not executed"
         print(f"{name}: {told}", file=sys.stderr)
@@ -109,6 +111,11 @@ rule all:
     input:
         [stamp(name) for name in HERE],
     default_target: True
+
+
+rule labs:
+    input:
+        [stamp(name) for name in LABS],
 
 
 rule train:
@@ -139,17 +146,17 @@ def not_later(files):
     return files
 
 
-for done in filter(Path.exists, map(Path, map(stamp, HERE))):
+for done in filter(Path.exists, map(Path, map(stamp, HERE | LABS))):
     if done.stat().st_mtime > time.time() + 60:
         sys.exit(f"error: {done}: is dated in the future, so that no change would be seen; set the clock, or remove it")
 
-for name, after in HERE.items():
+for name, after in (HERE | LABS).items():
     settings = f"params/{PROFILE}/{name}.yaml"
     code = code_of(name)
 
     rule:
         name:
-            name
+            name.replace("/", "_")
         input:
             after=[stamp(other) for other in after],
             trained=cards() if GPUS and name == "02_training" else [],
@@ -162,10 +169,10 @@ for name, after in HERE.items():
         resources:
             gpu=0 if name in LIGHT else min(GPUS, 1),
             **SLURM,
-        priority: -FIRST.index(name[:2])
+        priority: -FIRST.index(name[:2]) if name in HERE else 0
         params:
             python=sys.executable,
-            out=OUT,
+            out=str(Path(OUT, name).parent),
         # exec and --follow-parent: when Snakemake is killed the run notices it, and the next one finds the folder free
         shell:
             "exec {params.python:q} -m latentree.run {input.notebook:q} --params {input.params:q}"

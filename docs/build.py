@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 from PIL import Image
-from reading import READING, as_markdown
+from reading import READING, answers, as_markdown
 
 DOCS, BOOK = Path(__file__).parent, Path("build/book")
 CITED = {  # how the notebooks name a work (the year in brackets or not): its key in references.bib
@@ -90,14 +90,15 @@ def page_of(path: Path, names: dict):
                 alt = f"{section}, along training"
                 output.data["text/html"] = f'<img alt="{alt}" src="data:image/webp;base64,{film}">'
     title, rest = notebook.cells[0].source.split("\n", 1)
-    notebook.cells[0].source = f"{title}\n\n{RUN.format(name=path.stem)}\n{rest}"
+    name = path.relative_to(READING).with_suffix("").as_posix()
+    notebook.cells[0].source = f"{title}\n\n{RUN.format(name=name)}\n{rest}"
     return notebook
 
 
 def exercise_list(pages: dict) -> str:
     """A table of all exercises: notebook, title, difficulty."""
     rows = [
-        (f"[{name[:2]}]({name}.ipynb)", title, level)
+        (f"[{name.split('_')[0]}]({name}.ipynb)", title, level)
         for name, notebook in pages.items()
         for cell in notebook.cells
         for title, level in re.findall(
@@ -134,13 +135,21 @@ def main() -> int:
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     names = {path.name[:2]: path.stem for path in paths}
     pages = {path.stem: page_of(path, names) for path in paths}
-    for name, notebook in pages.items():
+    labs = {
+        f"labs/{path.stem}": page_of(path, names)
+        for path in sorted((folder / "labs").glob("[0-9][0-9]_*.ipynb"))
+    }
+    Path(source, "labs").mkdir()
+    for name, notebook in (pages | labs).items():
         nbformat.write(notebook, source / f"{name}.ipynb")
     filled = {
         "NOTEBOOKS": "\n".join(pages),
-        "EXERCISES": exercise_list(pages),
+        "LABS": "\n".join(labs),
+        "EXERCISES": exercise_list(pages | labs),
         "MINUTES": minutes_of(folder),
         "CLAIMS": as_markdown(folder),
+        "ANSWERS": answers(folder / "labs"),
+        "OF_LABS": as_markdown(folder / "labs"),
     }
     for page in source.rglob("*.md"):
         text = page.read_text(encoding="utf-8")

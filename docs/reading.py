@@ -24,6 +24,8 @@ BEGIN, END = "<!-- scorecard: written by make report -->", "<!-- end of scorecar
 def copy(run: Path, reading: Path, number: str = "") -> None:
     """Take over the notebooks of a run whose names begin with `number`, and all that they wrote.
 
+    The labs of a run, in its folder labs, go into the same folder of the reading copy.
+
     Raises ValueError if the run has no such notebook.
     """
     record = _record(run)
@@ -44,7 +46,8 @@ def copy(run: Path, reading: Path, number: str = "") -> None:
             target = reading / file.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
-        _take_prose(Path("notebooks", f"{name}.ipynb"), reading / f"{name}.ipynb")
+        folder = Path("notebooks/labs" if run.name == "labs" else "notebooks")
+        _take_prose(folder / f"{name}.ipynb", reading / f"{name}.ipynb")
         write_entry(reading, name, record[name])
 
 
@@ -77,6 +80,21 @@ def as_markdown(run: Path) -> str:
     shown = _narrow(_shown(claims).to_markdown(index=False, disable_numparse=True))  # "01"
     machine = ", ".join([device["cpu"], *device["gpus"]])
     return "\n\n".join([f"Run on {machine}; with 95 % intervals.", counts.to_markdown(), shown])
+
+
+def answers(labs: Path) -> str:
+    """What each lab answers to "does hierarchy matter for this?": a row of a table each."""
+    claims = claims_of(labs)
+    rows = []
+    for name in _record(labs):
+        title = json.loads((labs / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"][0]
+        title = "".join(title["source"]).splitlines()[0].lstrip("# ")
+        key = name[:2], "hierarchy-matters"
+        claim = claims.loc[key]
+        measured = _in_short(" ".join(key), claims).removeprefix("hierarchy-matters: ")
+        rows.append([f"[{title}](labs/{name}.ipynb)", claim.statement, measured, claim.verdict])
+    columns = ["lab", "our question there", "measured, with 95 %", "verdict"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
 
 
 def scorecard(run: Path) -> str:
@@ -167,7 +185,8 @@ def main(arguments: list[str]) -> int:
     """The command; returns its exit status."""
     try:
         if arguments[:1] == ["copy"]:
-            copy(Path(arguments[1]), READING, *arguments[2:])
+            run = Path(arguments[1])
+            copy(run, READING / "labs" if run.name == "labs" else READING, *arguments[2:])
         else:
             readme = Path("README.md")
             before, rest = readme.read_text(encoding="utf-8").split(BEGIN)

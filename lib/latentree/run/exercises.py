@@ -64,13 +64,16 @@ def student_copy(notebook):
 
 def main(folder: str, profile: str) -> None:
     """The command."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb")):
-        values = read_yaml(f"params/{profile}/{path.stem}.yaml") | {"out": "outputs/scratch"}
-        copy = student_copy(load_notebook_node(str(path)))
-        copy = parameterize_notebook(copy, values, kernel_name="python3", language="python")
-        nbformat.write(copy, Path(folder, path.name))
-        print(Path(folder, path.name))
+    for path in sorted(Path("notebooks").rglob("[0-9][0-9]_*.ipynb")):
+        name = path.relative_to("notebooks")
+        params, target = Path("params", profile, name).with_suffix(".yaml"), Path(folder, name)
+        if params.exists():  # a lab has no profile for GPUs
+            values = read_yaml(params) | {"out": "outputs/scratch"}
+            copy = student_copy(load_notebook_node(str(path)))
+            copy = parameterize_notebook(copy, values, kernel_name="python3", language="python")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(copy, target)
+            print(target)
 
 
 if __name__ == "__main__":

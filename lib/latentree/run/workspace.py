@@ -52,8 +52,8 @@ class Workspace:
 
     def _check_parameters(self) -> None:
         """What papermill -p, or a hand, has put into the notebook's first cell."""
-        file = self._root / "notebooks" / f"{self.notebook}.ipynb"
-        if get_ipython() and file.exists():
+        file = next(self._root.glob(f"notebooks/**/{self.notebook}.ipynb"), None)
+        if get_ipython() and file:
             fields, here = declared(file), get_ipython().user_ns
             check({name: here[name] for name in fields.model_fields if name in here}, fields)
 
