@@ -14,7 +14,8 @@ from latentree.evidence.claims import claims_table
 from latentree.run.parameters import check, declared
 from latentree.run.record import output_folder, project_root, version_of
 from latentree.series.checkpoints import LocalSeries, seed_folder
-from latentree.train.training import CARD, TrainingConfig
+from latentree.train.settings import TrainingConfig
+from latentree.train.training import CARD
 
 
 class NotTrained(ValueError):
