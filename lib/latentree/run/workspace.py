@@ -150,7 +150,7 @@ class Workspace:
             "claims": [claim.as_dict() for claim in claims],
         }
         text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
-        number = self.notebook.split("_")[0]
+        number = Path(self.notebook).name[:2]
         write_text(self._folder("results") / f"{number}.json", text + "\n")
         return claims_table(claims)
 
