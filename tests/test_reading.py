@@ -129,4 +129,5 @@ def test_one_notebook_is_taken_over_and_nothing_else(tmp_path):
     taken = json.loads(after[reading / names[0]])["cells"]  # with the sentences of today
     assert taken[0]["source"] == title["source"] and taken[1] == code
     record = json.loads((reading / "run.json").read_text())
-    assert record == RECORD | {"03_induction_heads": 3}
+    before = json.loads((READING / "run.json").read_text())
+    assert record == before | {"03_induction_heads": 3}
