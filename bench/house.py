@@ -61,14 +61,17 @@ def code_cells(notebook: Path) -> list[str]:
 def notebooks() -> pd.DataFrame:
     """A row for each notebook: code cells, their lines, syntax nodes, comprehensions, lambdas."""
     rows = []
-    for path in sorted(Path("notebooks").glob("*.ipynb")):
+    for path in sorted(
+        Path("notebooks").rglob("[0-9]*.ipynb"), key=lambda path: (len(path.parts), path)
+    ):
         cells = code_cells(path)
         trees = [list(ast.walk(ast.parse(cell))) for cell in cells]
         long = [lines(cell) for cell in cells]
         short = sum(isinstance(node, SHORT) for nodes in trees for node in nodes)
         nodes = statistics.median(map(len, trees))
         median = statistics.median(long)
-        rows.append((path.stem, len(cells), median, max(long), nodes, short / len(cells)))
+        name = path.relative_to("notebooks").with_suffix("")
+        rows.append((name, len(cells), median, max(long), nodes, short / len(cells)))
     columns = "notebook|code cells|median lines|longest|median nodes|comprehensions a cell"
     return pd.DataFrame(rows, columns=columns.split("|")).round(2)
 

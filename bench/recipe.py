@@ -23,7 +23,8 @@ from latentree.exact.reader import reader_losses
 from latentree.measure.lookup import look_ups, measure
 from latentree.series.checkpoints import LocalSeries
 from latentree.train.jobs import usable_cores
-from latentree.train.training import TrainingConfig, evaluate, train
+from latentree.train.settings import TrainingConfig
+from latentree.train.training import evaluate, train
 from tqdm.auto import tqdm
 
 SHARE = "share of the reader's gain"

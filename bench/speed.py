@@ -28,7 +28,7 @@ from latentree.measure.induction import measure
 from latentree.measure.stimuli import stimuli
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers
-from latentree.train.training import TrainingConfig
+from latentree.train.settings import TrainingConfig
 
 SIZES = (
     "architecture layers width heads mlp_width context batch_sequences packing optimizer".split()

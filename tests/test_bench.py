@@ -5,7 +5,7 @@ from baselines import Rows, compiled_loop, nltk_tokens, trainer_step
 from latentree.data.corpus import load_corpus
 from latentree.exact.parser import legal_sentences
 from latentree.train.model import build_model
-from latentree.train.training import TrainingConfig
+from latentree.train.settings import TrainingConfig
 from speed import SIZES, alone, flops_per_token, matrix_peak
 
 torch.set_num_threads(1)

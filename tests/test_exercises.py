@@ -9,7 +9,7 @@ import pytest
 import torch
 from latentree.run.exercises import BEGIN, END, STUB, check, main, student_copy
 
-NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+NOTEBOOKS = sorted(Path("notebooks").rglob("[0-9][0-9]_*.ipynb"))
 
 
 def tagged(notebook, tag):
@@ -21,7 +21,9 @@ def test_exercises_are_whole_and_of_every_difficulty():
         notebook = nbformat.read(path, 4)
         tasks = [c.source for c in tagged(notebook, "exercise") if "### Exercise" in c.source]
         titles = [re.search(r"^### (Exercise \d+) · .+ \((\w+)\)$", task, re.M) for task in tasks]
-        assert {title[2] for title in titles} == {"easy", "medium", "hard"}
+        levels = {"easy", "medium", "hard"}
+        assert {title[2] for title in titles} <= levels and len(titles) >= 2
+        assert "labs" in path.parts or {title[2] for title in titles} == levels
         assert all("<summary>Hint</summary>" in task for task in tasks)
         checked = "\n".join(cell.source for cell in tagged(notebook, "check"))
         numbers = [f"Exercise {number}" for number in range(1, len(tasks) + 1)]
@@ -64,7 +66,7 @@ def test_a_number_for_an_array_is_wrong():
 
 def test_students_notebooks_read_the_models_of_make_run_and_write_elsewhere(tmp_path):
     main(str(tmp_path), "gpu")
-    for path in NOTEBOOKS:
+    for path in Path("notebooks").glob("[0-9][0-9]_*.ipynb"):  # labs need no GPU
         copy = nbformat.read(tmp_path / path.name, 4)
         (cell,) = tagged(copy, "injected-parameters")
         values = {}

@@ -19,7 +19,8 @@ from latentree.run.trainings import main, planned
 from latentree.series.checkpoints import LocalSeries
 from latentree.train import jobs
 from latentree.train.jobs import plan, train_all, usable_cores
-from latentree.train.training import CARD, STATE, TrainingConfig, launched, train
+from latentree.train.settings import TrainingConfig
+from latentree.train.training import CARD, STATE, launched, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}

@@ -10,10 +10,10 @@ import pytest
 from latentree.data.files import read_yaml
 from latentree.evidence.compare import claims_of
 from latentree.run.parameters import check, declared
-from reading import BEGIN, END, READING, as_markdown, copy, in_words, scorecard
+from reading import BEGIN, END, READING, answers, as_markdown, copy, in_words, scorecard
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
-RECORD = json.loads((READING / "run.json").read_text())
+LABS = sorted(Path("notebooks/labs").glob("[0-9][0-9]_*.ipynb"))
 PROMISED = {
     "01": {"long-range-pcfg"},
     "02": {"latents-recovered", "reachable-share", "flat-stays-flat"},
@@ -39,20 +39,32 @@ def parameters(values):
     return {name: value for name, value in values.items() if name not in ("out", "checkpoints")}
 
 
-def test_the_reading_copy_is_of_these_notebooks_and_parameters():
-    stale = []
-    for path in NOTEBOOKS:
-        values = check(read_yaml(f"params/evening/{path.stem}.yaml"), declared(path))
-        same = parameters(values) == parameters(RECORD[path.stem]["parameters"])
-        if not same or sources(path) != sources(READING / path.name):
+@pytest.mark.parametrize(
+    ("notebooks", "profile", "reading"),
+    [
+        (NOTEBOOKS, "params/evening", READING),
+        (LABS, "params/laptop/labs", READING / "labs"),
+    ],
+)
+def test_the_reading_copy_is_of_these_notebooks_and_parameters(notebooks, profile, reading):
+    stale, record = [], json.loads((reading / "run.json").read_text())
+    for path in notebooks:
+        values = check(read_yaml(f"{profile}/{path.stem}.yaml"), declared(path))
+        same = parameters(values) == parameters(record[path.stem]["parameters"])
+        if not same or sources(path) != sources(reading / path.name):
             stale.append(path.stem)
-    assert not stale, (
-        "changed after they were executed: make run PROFILE=evening, then make reading"
-    )
+    assert not stale, "changed after they were executed: make run, or make labs; then make reading"
 
 
 def test_the_reading_copy_is_small():
     assert sum(file.stat().st_size for file in READING.rglob("*") if file.is_file()) < 8_000_000
+
+
+def test_each_lab_answers_our_question_with_at_most_four_claims():
+    claims = claims_of(READING / "labs").reset_index()
+    assert claims.groupby("file").id.apply(lambda ids: "hierarchy-matters" in set(ids)).all()
+    assert len(LABS) == claims.file.nunique() and claims.groupby("file").size().max() <= 4
+    assert answers(READING / "labs").count("(labs/") == len(LABS)
 
 
 def test_it_shows_what_the_project_promises():
@@ -117,4 +129,5 @@ def test_one_notebook_is_taken_over_and_nothing_else(tmp_path):
     taken = json.loads(after[reading / names[0]])["cells"]  # with the sentences of today
     assert taken[0]["source"] == title["source"] and taken[1] == code
     record = json.loads((reading / "run.json").read_text())
-    assert record == RECORD | {"03_induction_heads": 3}
+    before = json.loads((READING / "run.json").read_text())
+    assert record == before | {"03_induction_heads": 3}

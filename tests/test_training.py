@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,7 +14,9 @@ from latentree.series.checkpoints import LocalSeries
 from latentree.train import training
 from latentree.train.model import build_model
 from latentree.train.optimizers import BatchedMuon, build_optimizers, hidden_matrices, rate_share
-from latentree.train.training import CARD, STATE, TrainingConfig, evaluate, train
+from latentree.train.settings import TrainingConfig
+from latentree.train.training import CARD, STATE, evaluate, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedModel
 
 
@@ -127,6 +130,31 @@ def test_each_model_of_a_process_is_compiled(tmp_path, monkeypatch):
         small(tmp_path / str(number), compiled=True, seed=number)
         counts.append(len(compiled))
     assert counts[0] and counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+
+
+# ---------------------------------------------------------------------- watched from elsewhere
+
+
+def test_a_tracker_shows_what_the_tables_say_with_the_exact_losses_beside_it(tmp_path):
+    losses = small(tmp_path / "run", trackers=["tensorboard"], lines={"syntax_only": 2.5})
+    events = EventAccumulator(str(tmp_path / "run/trackers/latentree"))
+    events.Reload()
+    shown = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    assert [event.step for event in shown["loss"]] == list(losses.step)
+    assert np.allclose([event.value for event in shown["loss"]], losses.loss)
+    assert {event.value for event in shown["syntax_only"]} == {2.5}
+    held_out = pd.read_csv(tmp_path / "run/held_out.csv")
+    assert [event.step for event in shown["held_out_loss"]] == list(held_out.step)
+    assert np.allclose([event.value for event in shown["held_out_loss"]], held_out.loss)
+    assert min(event.value for event in shown["tokens_per_second"]) > 0
+    assert small(tmp_path / "alone").equals(losses)  # watching changes nothing
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentree.train.settings.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="trackers: wandb is not installed; `pip install wandb`"):
+        small(tmp_path / "run", trackers=["wandb"])
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------- kill and resume

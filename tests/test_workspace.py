@@ -10,7 +10,7 @@ from latentree.evidence.claims import Claim
 from latentree.run import workspace
 from latentree.run.workspace import NotTrained, Workspace
 from latentree.series.checkpoints import IDENTITY
-from latentree.train.training import TrainingConfig
+from latentree.train.settings import TrainingConfig
 from matplotlib import pyplot as plt
 from test_checkpoints import make_run
 

@@ -140,7 +140,15 @@ def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
 
 
 def check_known(grammar):
-    """ValueError, a line, if `reader_losses` does not know the ideal reader of a grammar."""
+    """ValueError, a line, if `reader_losses` does not know the ideal reader of a grammar.
+
+    None stands for that of a corpus without one.
+    """
+    if grammar is None:
+        raise ValueError(
+            "the first corpus follows no grammar, so that it has no ideal reader; name one first "
+            "whose file has a `sentence`, as bound has"
+        )
     shares = [share for share in grammar.file.redraw.values() if share > 0]
     if grammar.file.bank:
         raise ValueError(

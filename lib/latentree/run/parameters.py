@@ -14,9 +14,10 @@ _CHOICES = {
     "device": Literal["auto", "cpu", "cuda"],
     "precision": Literal["float32", "bfloat16"],
     "spacing": Literal["even", "log"],
+    "trackers": list[Literal["tensorboard", "wandb", "trackio"]],
 }
 _MAY_BE_0 = {"mlp_width", "tokens_per_step"}
-_MAY_BE_EMPTY = {"state", "once", "replicas"}
+_MAY_BE_EMPTY = {"state", "once", "replicas", "trackers"}
 
 
 class Parameters(

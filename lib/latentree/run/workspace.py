@@ -14,7 +14,8 @@ from latentree.evidence.claims import claims_table
 from latentree.run.parameters import check, declared
 from latentree.run.record import output_folder, project_root, version_of
 from latentree.series.checkpoints import LocalSeries, seed_folder
-from latentree.train.training import CARD, TrainingConfig
+from latentree.train.settings import TrainingConfig
+from latentree.train.training import CARD
 
 
 class NotTrained(ValueError):
@@ -149,7 +150,7 @@ class Workspace:
             "claims": [claim.as_dict() for claim in claims],
         }
         text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
-        number = self.notebook.split("_")[0]
+        number = Path(self.notebook).name[:2]
         write_text(self._folder("results") / f"{number}.json", text + "\n")
         return claims_table(claims)
 

@@ -9,14 +9,12 @@ import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from tqdm.auto import tqdm
 
 from latentree.data.corpus import Stream
@@ -26,6 +24,7 @@ from latentree.inside.names import Internals
 from latentree.series.checkpoints import IDENTITY, checkpoint_steps, read_identity, save_checkpoint
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
+from latentree.train.settings import TOLD_ONLY
 
 CARD = "run_card.json"  # written last: its presence says that the training is finished
 STATE = "state.pt"  # where an interrupted training goes on
@@ -43,55 +42,6 @@ class Bar(tqdm):
         """Show it, if that is possible."""
         with suppress(OSError):
             return super().display(*args, **settings)
-
-
-class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
-    """Everything that decides how a model is trained. ValueError for a setting that cannot be."""
-
-    architecture: str = "llama"
-    layers: PositiveInt = 2
-    width: PositiveInt = 64  # of the residual stream
-    heads: PositiveInt = 4
-    mlp_width: NonNegativeInt = 128  # 0: attention only
-    context: int = Field(128, ge=2)  # tokens a sequence
-    batch_sequences: PositiveInt = 16  # sequences a step, over all processes
-    packing: Literal["documents", "stream"] = "documents"  # where a window begins
-    tokens: PositiveInt = 1_200_000  # trained on in all, rounded up to whole steps
-    optimizer: Literal["adamw", "muon"] = "muon"
-    learning_rate: PositiveFloat = 0.03  # AdamW's peak: Muon leaves it embeddings and gains
-    muon_learning_rate: PositiveFloat = 0.007  # Muon's peak
-    query_key_rate: PositiveFloat = 0.014  # Muon's peak for the matrices of queries and keys
-    muon_momentum: float = Field(0.85, ge=0, lt=1)
-    weight_decay: NonNegativeFloat = 0.0
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    warmup: float = Field(0.03, ge=0, lt=1)  # fraction of the steps
-    decay: float = Field(0.6, ge=0, le=1)  # fraction of the steps, at the end
-    gradient_clip: PositiveFloat = 1.0  # largest norm of the gradient
-    # share of the places where an attention's output is another sequence's, in training only
-    resampled_attention: float = Field(0.0, ge=0, lt=1)
-    checkpoints_even: NonNegativeInt = 10
-    checkpoints_log: NonNegativeInt = 10
-    seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights
-    precision: Literal["float32", "bfloat16"] = "float32"  # of the runs; weights stay float32
-    micro_batches: PositiveInt = 1  # parts that a step's sequences run in: less memory
-    compiled: bool = False  # by torch.compile: faster on a GPU; changes rounding only
-    state_every_seconds: NonNegativeFloat = 60.0  # so much is lost at most when killed
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens in a step."""
-        return self.batch_sequences * self.context
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in the whole training."""
-        return math.ceil(self.tokens / self.step_tokens)
-
-    def sizes(self) -> dict:
-        """The arguments of `build_model` that are settings here."""
-        names = {"architecture", "layers", "width", "heads", "context", "mlp_width"}
-        return self.model_dump(include=names)
 
 
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
@@ -112,7 +62,7 @@ def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.Data
     if (folder / CARD).exists():
         (folder / STATE).unlink(missing_ok=True)
         return pd.read_csv(folder / "losses.csv")
-    accelerator = _accelerator(config, device)
+    accelerator = _accelerator(config, device, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(folder.with_name(f".{folder.name}.lock"), 5)
     with lock if accelerator.is_main_process else nullcontext():
@@ -126,13 +76,14 @@ def check_run(config, corpus, held_out, folder) -> dict:
         raise ValueError(
             f"held_out: has {held_out.shape[1]} tokens a sequence; give context = {config.context}"
         )
+    config.check_trackers()
     tokens = held_out.cpu().long().numpy().tobytes()
     identity = {
         "corpus": corpus.name,
         "grammar": corpus.digest,
         "held_out": hashlib.sha256(tokens).hexdigest()[:16],
     }
-    identity |= config.model_dump(exclude={"state_every_seconds", "compiled"})
+    identity |= config.model_dump(exclude=TOLD_ONLY)
     there = read_identity(folder) if (folder / IDENTITY).exists() else identity
     different = [name for name in identity | there if there.get(name) != identity.get(name)]
     if different:
@@ -142,7 +93,7 @@ def check_run(config, corpus, held_out, folder) -> dict:
     return identity
 
 
-def _accelerator(config, device) -> Accelerator:
+def _accelerator(config, device, folder) -> Accelerator:
     """Devices and processes, as Accelerate finds them."""
     gpu = torch.cuda.is_available()
     if device == "cuda" and not gpu:
@@ -151,7 +102,12 @@ def _accelerator(config, device) -> Accelerator:
     alone = not launched()
     AcceleratorState._reset_state(reset_partial_state=alone)
     precision = "bf16" if config.precision == "bfloat16" else "no"
-    return Accelerator(cpu=device == "cpu" or not gpu, mixed_precision=precision)
+    return Accelerator(
+        cpu=device == "cpu" or not gpu,
+        mixed_precision=precision,
+        log_with=config.trackers or None,
+        project_dir=folder / "trackers",
+    )
 
 
 def launched() -> bool:
@@ -213,6 +169,9 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         if accelerator.is_main_process:  # all that could have failed is made by now
             folder.mkdir(exist_ok=True)
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
+    if config.trackers:
+        accelerator.init_trackers("latentree", identity)
+    if run.step == 0:
         _record(run, config, accelerator, model, held_out, folder, corpus)
 
     while run.step < config.steps:
@@ -238,8 +197,11 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         # A gradient that is not finite has just spoilt the weights, before any loss shows it.
         _check_finite(mean + float(norm), run.step, folder)
         tokens = run.step * config.step_tokens
-        run.losses.append((run.step, tokens, mean, config.learning_rate * share))
-        run.seconds = time.monotonic() - started
+        rate, run.seconds = config.learning_rate * share, time.monotonic() - started
+        run.losses.append((run.step, tokens, mean, rate))
+        told = {"loss": mean, "learning_rate": rate, "tokens": tokens} | config.lines
+        told["tokens_per_second"] = tokens / run.seconds
+        accelerator.log(told, step=run.step)
         if run.step in checkpoints:
             _record(run, config, accelerator, model, held_out, folder, corpus)
         late = broadcast_object_list([time.monotonic() - saved > config.state_every_seconds])[0]
@@ -247,6 +209,8 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
             _save_state(accelerator, folder, model, optimizers, stream, run)
             saved = time.monotonic()
 
+    for tracker in accelerator.trackers:
+        tracker.finish()
     if accelerator.is_main_process:
         card["tokens"] = config.steps * config.step_tokens
         card["seconds"] = round(run.seconds, 1)
@@ -315,6 +279,7 @@ def _record(run, config, accelerator, model, held_out, folder, corpus):
         means, tokens = losses.mean(1), run.step * config.step_tokens
         error = means.std().item() / len(means) ** 0.5
         run.held_out.append((run.step, tokens, means.mean().item(), error))
+        accelerator.log({"held_out_loss": means.mean().item()}, step=run.step)
         save_checkpoint(model, folder, run.step, tokenizer(corpus.words, corpus.end))
         _write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
         _write_table(folder / "held_out.csv", run.held_out, "step tokens loss standard_error")
