@@ -2,9 +2,12 @@
 
 import ast
 import difflib
+import sys
 from typing import Literal
 
+import nbformat
 import papermill
+from nbformat.reader import NotJSONError
 from pydantic import BaseModel, ValidationError, create_model, model_validator
 
 # The same name means the same in every notebook.
@@ -16,7 +19,7 @@ _CHOICES = {
     "spacing": Literal["even", "log"],
 }
 _MAY_BE_0 = {"mlp_width", "tokens_per_step"}
-_MAY_BE_EMPTY = {"state", "once", "replicas"}
+_MAY_BE_EMPTY = {"once", "replicas"}
 
 
 class Parameters(
@@ -46,7 +49,11 @@ def declared(notebook) -> type[Parameters]:
     Raises ValueError for a notebook that is none, or a declaration that is not of this form.
     """
     fields = {}
-    for name, found in papermill.inspect_notebook(str(notebook)).items():
+    try:
+        inspected = papermill.inspect_notebook(str(notebook))
+    except (NotJSONError, nbformat.ValidationError) as error:
+        raise ValueError(f"{notebook}: {error}; give a notebook of version 4") from None
+    for name, found in inspected.items():
         try:
             default = ast.literal_eval(found["default"])
         except (ValueError, SyntaxError):
@@ -63,6 +70,8 @@ def check(values: dict, parameters: type[Parameters]) -> dict:
 
     Raises ValueError, in one line, for the first that is not, or that is not declared.
     """
+    if sys.flags.optimize > 1:
+        raise ValueError("python -OO, PYTHONOPTIMIZE: transformers needs docstrings; run without")
     try:
         return parameters(**values).model_dump()
     except ValidationError as error:
@@ -83,5 +92,6 @@ def _as_number(given) -> str:
     except ValueError:
         return ""
     mantissa, e, exponent = given.lower().partition("e")
-    number = f"{float(mantissa)}e{int(exponent):+d}" if e else mantissa
+    plain = float(mantissa)
+    number = f"{plain}e{int(exponent):+d}" if e else int(plain) if plain.is_integer() else plain
     return f" (YAML reads text here: write {number})"
