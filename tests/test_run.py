@@ -257,6 +257,17 @@ def test_nobody_listens_and_there_is_no_home(finished, monkeypatch):
     assert json.loads((root / "out/results/01.json").read_text()) == {"claims": []}
 
 
+def test_a_user_whom_nobody_knows_has_no_home_either(tmp_path, monkeypatch):
+    """As a container's random number for a user: nltk asks for a home folder on import."""
+    (tmp_path / "sitecustomize.py").write_text("import pwd\npwd.getpwuid = {}.__getitem__\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    for name in ("HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    line = [sys.executable, "-c", "import latentree.data.grammar"]
+    ran = subprocess.run(line, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("program", ["git", "nvidia-smi"])
 def test_a_program_that_fails_says_nothing_of_a_run(tmp_path, monkeypatch, program):
     """git that distrusts the folder's owner, nvidia-smi without a driver: told on stdout."""

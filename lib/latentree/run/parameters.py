@@ -7,7 +7,6 @@ from typing import Literal
 
 import nbformat
 import papermill
-from nbformat.reader import NotJSONError
 from pydantic import BaseModel, ValidationError, create_model, model_validator
 
 # The same name means the same in every notebook.
@@ -51,7 +50,7 @@ def declared(notebook) -> type[Parameters]:
     fields = {}
     try:
         inspected = papermill.inspect_notebook(str(notebook))
-    except (NotJSONError, nbformat.ValidationError) as error:
+    except (ValueError, nbformat.ValidationError) as error:
         raise ValueError(f"{notebook}: {error}; give a notebook of version 4") from None
     for name, found in inspected.items():
         try:
@@ -92,6 +91,5 @@ def _as_number(given) -> str:
     except ValueError:
         return ""
     mantissa, e, exponent = given.lower().partition("e")
-    plain = float(mantissa)
-    number = f"{plain}e{int(exponent):+d}" if e else int(plain) if plain.is_integer() else plain
+    number = f"{float(mantissa)}e{int(exponent):+d}" if e else f"{float(mantissa):.16g}"
     return f" (YAML reads text here: write {number})"

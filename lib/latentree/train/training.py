@@ -37,9 +37,6 @@ _LAUNCHERS = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PMI_ OMPI_COMM_ MV2_CO
 class _Screen:
     """What standard error is at the moment; what cannot be written to it is lost."""
 
-    def __getattr__(self, name):
-        return getattr(sys.stderr, name)
-
     def write(self, text):
         with suppress(OSError, ValueError, AttributeError):  # full; closed, or in other signs; none
             sys.stderr.write(text)
