@@ -8,6 +8,7 @@ leaves what was finished before where it is if the notebook fails, while Snakema
 
 import ast
 import json
+import os
 import re
 import sys
 import time
@@ -30,12 +31,15 @@ NOTEBOOKS = {
 LIGHT = {"01_grammar_design"}  # needs no GPU
 FIRST = ["02", "06", "03", "04", "05", "08", "09", "07", "01"]  # started in this order: the longest early, so that others fill the other cores
 
+# Relative, for Snakemake does not quote it in jobs on SLURM, which begin in this folder; its own path may have spaces.
+sys.executable = os.path.relpath(sys.executable)
+
 PROFILE = config.get("profile", "laptop")
 if not Path(f"params/{PROFILE}").is_dir():
     sys.exit(f"error: profile = {PROFILE!r}: no folder params/{PROFILE}")
 OUT = f"outputs/{PROFILE}"
 GPUS = int(config.get("gpus", 0 if PROFILE in ("smoke", "laptop", "evening") else 1))  # for each job
-CORES = workflow.cores or 2  # a cluster does not say how many it has
+CORES = workflow.resource_settings.cores or 2  # a cluster does not say how many it has
 SLURM = {f"slurm_{name}": config[name] for name in ("account", "partition") if name in config}
 HERE = {name: after for name, after in NOTEBOOKS.items() if Path(f"notebooks/{name}.ipynb").exists()}
 LABS = {f"labs/{file.stem}": [] for file in sorted(Path(f"params/{PROFILE}/labs").glob("*.yaml"))}

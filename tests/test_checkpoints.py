@@ -6,7 +6,6 @@ import pytest
 import torch
 from latentree.series.checkpoints import LocalSeries, checkpoint_steps, save_checkpoint
 from latentree.train.model import build_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 SIZES = {"layers": 1, "width": 8, "heads": 2, "context": 8}
@@ -95,10 +94,19 @@ def test_what_may_not_be_read_and_what_is_damaged_is_told_as_such(tmp_path, monk
         LocalSeries(run)
 
 
-def test_cut_weights_are_refused(tmp_path):
+@pytest.mark.parametrize("change", [{"vocab_size": 9}, {"num_key_value_heads": 1}])
+def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path, change):
+    file = make_run(tmp_path / "run") / "step-00000003/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"its config does not say, [\w.]+ \(\d+, \d+\) \(and"):
+        LocalSeries(tmp_path / "run").load(3)
+
+
+@pytest.mark.parametrize("kept", [-100, 4])
+def test_cut_weights_are_refused_with_the_librarys_reason(tmp_path, kept):
     file = make_run(tmp_path / "run") / "step-00000003" / WEIGHTS
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(SafetensorError):
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="step-00000003: Error while deserializing header: "):
         LocalSeries(tmp_path / "run").load(3)
 
 

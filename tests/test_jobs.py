@@ -1,5 +1,6 @@
 """Several trainings at once are the same as one after the other, and end with what started them."""
 
+import io
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from latentree.series.checkpoints import LocalSeries
 from latentree.train import jobs
 from latentree.train.jobs import plan, train_all, usable_cores
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import CARD, STATE, launched, train
+from latentree.train.training import CARD, STATE, Bar, launched, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}
@@ -165,6 +166,23 @@ def test_as_many_at_once_as_there_are_cores_to_use(monkeypatch):
     assert usable_cores() == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert usable_cores() == 2
+
+
+@pytest.mark.parametrize(
+    "screen",
+    [
+        lambda: None,
+        lambda: open("/dev/full", "w"),
+        lambda: io.TextIOWrapper(io.BytesIO(), encoding="ascii"),
+    ],
+    ids=["none", "full", "ascii"],
+)
+def test_a_bar_that_cannot_be_shown_ends_nothing(monkeypatch, screen):
+    monkeypatch.setattr(sys, "stderr", screen())
+    bar = Bar(desc="grün", total=5)
+    bar.update(3)
+    bar.close()
+    assert bar.n == 3
 
 
 def test_cores_follow_a_list_of_threads_and_a_containers_quota(monkeypatch, tmp_path):

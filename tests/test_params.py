@@ -1,7 +1,9 @@
 """Parameters are declared in a notebook's first code cell, and every file of them suits it."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -34,6 +36,28 @@ def test_a_number_that_yaml_reads_as_text_is_told_as_yaml_reads_it(parameters, t
 def test_a_bad_declaration_is_refused(tmp_path, line):
     with pytest.raises(ValueError, match="a = "):
         check({}, declared(write_notebook(tmp_path / "01.ipynb", parameters=PARAMETERS + line)))
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ('{"cells": [', "does not appear to be JSON"),
+        (
+            '{"cells": [], "metadata": {}, "nbformat": 3, "nbformat_minor": 0}',
+            "missing an expected",
+        ),
+    ],
+)
+def test_what_is_no_notebook_is_refused_with_the_librarys_reason(tmp_path, text, reason):
+    (tmp_path / "01.ipynb").write_text(text)
+    with pytest.raises(ValueError, match=f"01.ipynb: .*{reason}"):
+        declared(tmp_path / "01.ipynb")
+
+
+def test_a_python_that_takes_docstrings_away_is_told_as_the_cause(parameters, monkeypatch):
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(ValueError, match="PYTHONOPTIMIZE: transformers needs docstrings"):
+        check({}, parameters)
 
 
 def test_every_parameter_file_suits_its_notebook():

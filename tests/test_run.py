@@ -228,6 +228,24 @@ def test_a_lock_that_is_left_names_itself_and_nothing_is_lost(finished, monkeypa
     )
 
 
+@pytest.mark.parametrize("damaged", ["{", "[]"])
+def test_a_damaged_record_is_told_before_a_kernel_starts_and_nothing_is_lost(finished, damaged):
+    root = finished()
+    (root / "out/run.json").write_text(damaged)
+    ran = run(root, NAME)
+    assert ran.returncode == 2 and f"{root}/out/run.json: is damaged" in one_line(ran.stderr)
+    left = files_of(root / "out")
+    assert left.pop("run.json") == damaged
+    assert left == dict.fromkeys([f"{NAME}.ipynb", "results/01.json", "figures/01_a.png"], "{}")
+
+
+def test_a_run_without_standard_output_and_error(finished):
+    root = finished("print('said')")
+    line = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command(NAME)]
+    assert subprocess.run(line, cwd=root, timeout=120).returncode == 0
+    assert json.loads((root / "out/results/01.json").read_text()) == {"claims": []}
+
+
 def test_nobody_listens_and_there_is_no_home(finished, monkeypatch):
     root = finished("print('said')")
     monkeypatch.delenv("HOME", raising=False)
@@ -237,6 +255,17 @@ def test_nobody_listens_and_there_is_no_home(finished, monkeypatch):
     ran = subprocess.run(line, cwd=root, stdout=writer, stderr=subprocess.PIPE, text=True)
     assert ran.returncode == 0, ran.stderr
     assert json.loads((root / "out/results/01.json").read_text()) == {"claims": []}
+
+
+def test_a_user_whom_nobody_knows_has_no_home_either(tmp_path, monkeypatch):
+    """As a container's random number for a user: nltk asks for a home folder on import."""
+    (tmp_path / "sitecustomize.py").write_text("import pwd\npwd.getpwuid = {}.__getitem__\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    for name in ("HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    line = [sys.executable, "-c", "import latentree.data.grammar"]
+    ran = subprocess.run(line, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("program", ["git", "nvidia-smi"])
@@ -272,6 +301,9 @@ BAD_FILES = [
     ("seed: 010", "010 would be read as 8", "'010' in quotes"),  # YAML 1.1
     ("seed: 1:30", "1:30 would be read as 90", "'1:30' in quotes"),
     ("corpora: [no]", "no would be read as False", "'no' in quotes"),
+    ("corpora: [null]", "null would be read as None", "'null' in quotes"),
+    ("corpora: [2026-11-26]", "would be read as 2026", "'2026-11-26' in quotes"),
+    ("seed: 08", "seed = '08'", "write 8"),
     ("on: 3", "on would be read as True", "'on' in quotes"),
 ]
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def test_a_failure_goes_on_with_the_others_and_once_mended_only_it_is_executed(p
     assert (root / "outputs/smoke/results/01.json").exists()
     nothing = snakemake(root)
     assert nothing.returncode == 0 and "Nothing to be done" in nothing.stderr and not nothing.stdout
+
+
+def test_where_the_home_folder_cannot_be_written_in_it_needs_no_cache(project, monkeypatch):
+    root = project([], [])
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc")
+    ran = snakemake(root, "--until", FIRST)
+    assert ran.returncode == 0 and f"{FIRST}: done" in ran.stderr.splitlines(), ran.stderr
 
 
 def test_killed_in_the_middle_and_started_again_it_finishes(project):
@@ -114,6 +123,28 @@ def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tm
     notebook = re.search(r"rule 02_training:\n\s+input: ([^\n]*)", told)[1]
     assert notebook.count("run_card.json") == 19
     assert len(re.findall(r"rule 0[1-9]_\w+:", told)) == 9
+
+
+def test_a_job_on_a_cluster_begins_with_this_python_though_its_path_has_a_space(
+    project, tmp_path, monkeypatch
+):
+    root, programs = project([], []), tmp_path / "slurm"
+    (root / ".venv").symlink_to(sys.prefix)
+    programs.mkdir()
+    sbatch = f"printf '%s\\n' \"$@\" >> '{tmp_path}/told'; exit 1"
+    for name in ("sbatch", "sacct", "squeue", "sacctmgr", "scontrol"):
+        (programs / name).write_text(f"#!/bin/sh\n{sbatch if name == 'sbatch' else 'echo ours'}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    line = [root / ".venv/bin/python", *LINE[1:], "--profile", "profiles/slurm", "--retries", "0"]
+    line += ["--slurm-init-seconds-before-status-checks", "1"]
+    line += ["--config", "profile=smoke", "gpus=0", "account=ours", "partition=a100"]
+    ran = subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=200)
+    assert (tmp_path / "told").exists(), ran.stderr
+    calls = re.findall(r"^-D\n(.*)\n--wrap=(.*)$", (tmp_path / "told").read_text(), re.MULTILINE)
+    assert len(calls) == 2
+    for folder, wrapped in calls:
+        assert folder == str(root) and Path(root, shlex.split(wrapped)[0]).samefile(sys.executable)
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ from filelock import FileLock, Timeout
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that means what it says: no key twice, and no number or truth value in disguise.
+    """YAML that means what it says: no key twice, and no word that is a number or date in disguise.
 
-    YAML 1.1 reads 010 as 8, 1:30 as 90 and on, off, yes and no as truth values.
+    YAML 1.1 reads 010 as 8, 1:30 as 90, on, off, yes and no as truth values, and null as nothing.
     """
 
     def construct_plain(self, node):
         """A number in decimal digits, or true or false."""
         decimal = r"[-+]?(0|[1-9][0-9_]*|[0-9_]*\.[^:]*)|true|false"
         if not re.fullmatch(decimal, node.value.lower()):
-            told = f"{node.value} would be read as {self._read_as(node)}: write that, or give "
-            raise yaml.MarkedYAMLError(problem=f"{told}'{node.value}' in quotes")
+            told = f"{node.value} would be read as {self._read_as(node)}: write what is meant"
+            raise yaml.MarkedYAMLError(problem=f"{told}, as a word '{node.value}' in quotes")
         return self._read_as(node)
 
     def _read_as(self, node):
@@ -35,7 +35,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for _kind in ("int", "float", "bool"):
+for _kind in ("int", "float", "bool", "null", "timestamp"):
     _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _StrictLoader.construct_plain)
 
 
@@ -44,7 +44,7 @@ def read_yaml(path) -> dict:
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.load(file, _StrictLoader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             told = " ".join(str(error).split())
             raise ValueError(f"{path}: is not YAML: {told}") from None
     if not isinstance(values, dict):

@@ -49,8 +49,7 @@ def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6)
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    about = {"prog": "python -m latentree.evidence.compare", "description": __doc__.splitlines()[0]}
-    parser = argparse.ArgumentParser(**about)
+    parser = argparse.ArgumentParser("python -m latentree.evidence.compare", description=__doc__)
     parser.add_argument("one", help="folder of a run")
     parser.add_argument("other", help="folder of another run")
     parser.add_argument("--tolerance", type=float, default=1e-6, help="relative, 1e-6 by default")

@@ -31,8 +31,8 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from latentree.data.files import locked, read_yaml
+from latentree.run import record
 from latentree.run.parameters import check, declared
-from latentree.run.record import describe, output_folder, project_root, without_machine, write_entry
 
 _SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
@@ -51,11 +51,11 @@ def run(notebook: Path, params: Path, out: Path) -> None:
     given["out"] = values["out"] = str(staging)
     if values.get("checkpoints") == "":
         given["checkpoints"] = values["checkpoints"] = str(folder / "checkpoints")
-    entry = describe(values) | {"started": datetime.now(UTC).isoformat()}
+    entry = record.describe(values) | {"started": datetime.now(UTC).isoformat()}
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".run.lock", 20):
-        pass  # so that the end will have it
+        record.read_record(folder)  # so that the end will have both
     with locked(folder / f".{name}.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir()
@@ -73,7 +73,7 @@ def run(notebook: Path, params: Path, out: Path) -> None:
         entry["wall_seconds"] = round(time.monotonic() - start, 1)
         entry["peak_memory_gb"] = round(peak * 1024 / 1e9, 2)
         _publish(staging, folder, name[:2])
-        write_entry(folder, name, entry)
+        record.write_entry(folder, name, entry)
         failed.unlink(missing_ok=True)
 
 
@@ -105,7 +105,7 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
             str(executed),
             values,
             kernel_name="python3",
-            cwd=str(project_root()),
+            cwd=str(record.project_root()),
             progress_bar={"file": lines, "bar_format": "{n_fmt} of {total_fmt} cells"},
             stdout_file=lines,
             stderr_file=lines,
@@ -153,7 +153,7 @@ def _finish(executed: Path, folder: Path, early: str) -> str:
     Returns what kept it from its end, `early` or a cell's error, with the cell's number and line.
     """
     text = executed.read_text(encoding="utf-8").replace(f"/{executed.parent.name}", "")
-    notebook = json.loads(without_machine(text, folder))
+    notebook = json.loads(record.without_machine(text, folder))
     for name in ("input_path", "output_path", "parameters"):
         notebook["metadata"].get("papermill", {}).pop(name, None)
     number, cell_name = 0, "before the first cell"
@@ -205,11 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder-of", metavar="PROFILE")
     given = parser.parse_args(arguments)
     if given.folder_of:
-        print(output_folder(given.folder_of))
+        print(record.output_folder(given.folder_of))
         return 0
     if not (given.notebook and given.params and given.out):
         parser.error("NOTEBOOK, --params and --out are all needed")
     logging.disable()  # one line of our own says what happened
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
     if given.follow_parent and sys.platform == "linux":

@@ -2,8 +2,10 @@
 
 import ast
 import difflib
+import sys
 from typing import Literal
 
+import nbformat
 import papermill
 from pydantic import BaseModel, ValidationError, create_model, model_validator
 
@@ -17,7 +19,7 @@ _CHOICES = {
     "trackers": list[Literal["tensorboard", "wandb", "trackio"]],
 }
 _MAY_BE_0 = {"mlp_width", "tokens_per_step"}
-_MAY_BE_EMPTY = {"state", "once", "replicas", "trackers"}
+_MAY_BE_EMPTY = {"once", "replicas", "trackers"}
 
 
 class Parameters(
@@ -47,7 +49,11 @@ def declared(notebook) -> type[Parameters]:
     Raises ValueError for a notebook that is none, or a declaration that is not of this form.
     """
     fields = {}
-    for name, found in papermill.inspect_notebook(str(notebook)).items():
+    try:
+        inspected = papermill.inspect_notebook(str(notebook))
+    except (ValueError, nbformat.ValidationError) as error:
+        raise ValueError(f"{notebook}: {error}; give a notebook of version 4") from None
+    for name, found in inspected.items():
         try:
             default = ast.literal_eval(found["default"])
         except (ValueError, SyntaxError):
@@ -64,6 +70,8 @@ def check(values: dict, parameters: type[Parameters]) -> dict:
 
     Raises ValueError, in one line, for the first that is not, or that is not declared.
     """
+    if sys.flags.optimize > 1:
+        raise ValueError("python -OO, PYTHONOPTIMIZE: transformers needs docstrings; run without")
     try:
         return parameters(**values).model_dump()
     except ValidationError as error:
@@ -84,5 +92,5 @@ def _as_number(given) -> str:
     except ValueError:
         return ""
     mantissa, e, exponent = given.lower().partition("e")
-    number = f"{float(mantissa)}e{int(exponent):+d}" if e else mantissa
+    number = f"{float(mantissa)}e{int(exponent):+d}" if e else f"{float(mantissa):.16g}"
     return f" (YAML reads text here: write {number})"

@@ -61,12 +61,19 @@ def describe(values: dict) -> dict:
 
 def write_entry(folder: Path, notebook: str, entry: dict) -> None:
     """Put one notebook's entry into FOLDER/run.json; notebooks that finish together wait."""
-    file = folder / "run.json"
     with locked(folder / ".run.lock", 20):
-        record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        record = dict(sorted((record | {notebook: entry}).items()))
+        record = dict(sorted((read_record(folder) | {notebook: entry}).items()))
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        write_text(file, without_machine(text, folder))
+        write_text(folder / "run.json", without_machine(text, folder))
+
+
+def read_record(folder: Path) -> dict:
+    """FOLDER/run.json, or {}. Raises ValueError if it holds no entries."""
+    file = folder / "run.json"
+    try:
+        return {} | json.loads(file.read_text(encoding="utf-8") if file.exists() else "{}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file}: is damaged: {error}; move it elsewhere") from None
 
 
 def without_machine(text: str, folder: Path) -> str:

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -64,22 +65,23 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     for file in Path(folder).iterdir():
         if file.is_file():
             file.open("rb").close()
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told below
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{folder}: {error}; choose another checkpoint") from None
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{folder}: lacks the weights {missing[0]} (and {len(missing) - 1} more); "
             "choose another checkpoint"
         )
-    if others := sorted(k for k in report["unexpected_keys"] if not k.endswith(_BUFFERS)):
+    others = [key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)]
+    others += [f"{key} {tuple(size)}" for key, size, _ in report["mismatched_keys"]]
+    if others := sorted(others):
         raise ValueError(
             f"{folder}: has weights that its config does not say, {others[0]} (and "
             f"{len(others) - 1} more); give the config that they were trained with"

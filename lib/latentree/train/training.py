@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from contextlib import nullcontext, suppress
@@ -32,16 +33,23 @@ _LOG_ROWS = 500  # rows of losses.csv, about
 _LAUNCHERS = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PMI_ OMPI_COMM_ MV2_COMM_ ACCELERATE_"
 
 
+class _Screen:
+    """What standard error is at the moment; what cannot be written to it is lost."""
+
+    def write(self, text):
+        with suppress(OSError, ValueError, AttributeError):  # full; closed, or in other signs; none
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def flush(self):
+        """Nothing: every write is shown at once."""
+
+
 class Bar(tqdm):
     """A bar of tokens. That it cannot be shown (a closed pipe, a full disk) never ends a run."""
 
     def __init__(self, **settings):
-        super().__init__(unit=" tokens", unit_scale=True, **settings)
-
-    def display(self, *args, **settings):
-        """Show it, if that is possible."""
-        with suppress(OSError):
-            return super().display(*args, **settings)
+        super().__init__(unit=" tokens", unit_scale=True, file=_Screen(), **settings)
 
 
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
