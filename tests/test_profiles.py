@@ -20,7 +20,7 @@ SAME = {
     "compiled": False,
     "deep_layers": 3,
     "deep_seeds": [0],
-    "deep_tokens": [8192] * 4,
+    "deep_tokens": [8192] * 3,
     "furthest": 2,
     "shortest": 20,
     "context": 64,

@@ -7,7 +7,8 @@ centred logit. All is in logits, on the true next token of a scored position (do
 
 The mean is over the vocabulary, or over the words of t's role. The choice matters: a model may
 raise all words of a role together, as its final stream grows longer. At the frozen scale that looks
-like compensation, which the norm then takes back; among these words it cancels.
+like compensation, which the norm then takes back; among these words it cancels. The norm's own
+rescaling can still give back a good part of a loss; it is told apart (`norm`) and no part's repair.
 
 REPAIR is asked by a conjunction: something is removed, later parts give some of it back on average,
 and more than where as long a random direction was taken away. The slope of what is given back on
@@ -71,7 +72,8 @@ def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -
     (layer, sequence, 3) in logits: removed, compensation, and the compensation where as long a
     random direction is taken away, the mean of `draws` of them. With `by` "mlp" it is what MLPs
     give back: one that always takes half of what attention wrote would look like repair there
-    (erasure, McGrath et al. 2023), so that repair is asked of attentions.
+    (erasure, McGrath et al. 2023), so that repair is asked of attentions. An attention that erases
+    passes, too: look whether its own direct effect rises above 0.
     """
     runs, disturbed = Ablations(model, stimulus, among=among), []
     for draw in range(draws):
@@ -86,14 +88,15 @@ def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -
     return torch.stack(terms).numpy()
 
 
-def given_back(terms) -> np.ndarray:
+def given_back(terms, of=np.minimum) -> np.ndarray:
     """Share of what was removed that later parts give back (draws,), of (draws, sequence, 3).
 
     The smaller of mean compensation and mean compensation beyond a random direction's, over what
-    was removed: above 0 only if all three of a repair's conditions hold, where something is.
+    was removed: above 0 only if all three of a repair's conditions hold, where something is. For a
+    loss that must be surely below 0, take the larger `of` the two: np.maximum.
     """
     removed, compensation, random = np.moveaxis(terms.mean(1), -1, 0)
-    return np.minimum(compensation, compensation - random) / removed
+    return of(compensation, compensation - random) / removed
 
 
 def judged_half(terms, least: float, choose=np.nanargmax):

@@ -4,7 +4,7 @@ from tqdm.auto import tqdm
 
 from latentree.train.model import next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
-from latentree.train.training import TrainingConfig
+from latentree.train.settings import TrainingConfig
 
 
 def fit(model, draw, steps: int, rate: float = 0.01, look=None, every: int = 1, name: str = ""):
