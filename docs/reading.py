@@ -92,9 +92,11 @@ def answers(labs: Path) -> str:
         key = name[:2], "hierarchy-matters"
         claim = claims.loc[key]
         measured = _in_short(" ".join(key), claims).removeprefix("hierarchy-matters: ")
-        rows.append([f"[{title}](labs/{name}.ipynb)", claim.statement, measured, claim.verdict])
-    columns = ["lab", "our question there", "measured, with 95 %", "verdict"]
-    return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
+        word = {"as predicted": "yes", "contradicted": "no"}.get(claim.verdict, claim.verdict)
+        link = f"[{title}](labs/{name}.ipynb)"
+        rows.append([link, claim.statement, measured, f"**{word}**"])
+    columns = ["lab", "our question there", "measured, with 95 %", "does hierarchy matter?"]
+    return _narrow(pd.DataFrame(rows, columns=columns).to_markdown(index=False))
 
 
 def scorecard(run: Path) -> str:
