@@ -128,7 +128,7 @@ def in_words(papers, where: str = "", against: str = "", explained: str = "") ->
     tested = [verdict for verdict in papers if verdict != "not tested"]
     held = [verdict in ("present", "as predicted") for verdict in tested]
     if against == "as predicted":
-        return "contradicted"
+        return "contradicted in part" if any(held) else "contradicted"
     if not tested:
         return "not run"
     if all(held):
