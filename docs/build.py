@@ -66,10 +66,13 @@ def linked(text: str, own: str, names: dict) -> str:
 def page_of(path: Path, names: dict):
     """An executed notebook as a page of the book."""
     notebook, figures, section = nbformat.read(path, 4), path.parent / "figures", ""
+    own = path.name[:2]
+    if path.parent.name == "labs":  # its pages lie one folder lower
+        own, names = "", {number: f"../{name}" for number, name in names.items()}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             section = [section, *re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)][-1]
-            cell.source = linked(cell.source, path.name[:2], names)
+            cell.source = linked(cell.source, own, names)
         elif "solution" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("hide-input")
         saved = [
