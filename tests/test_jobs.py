@@ -17,11 +17,11 @@ import yaml
 from latentree.data.codebook import Codebook
 from latentree.data.corpus import held_out, load_corpus
 from latentree.run.trainings import main, planned
-from latentree.series.checkpoints import LocalSeries
+from latentree.series.checkpoints import CARD, LocalSeries
 from latentree.train import jobs
 from latentree.train.jobs import plan, train_all, usable_cores
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import CARD, STATE, Bar, launched, train
+from latentree.train.training import STATE, Bar, launched, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}

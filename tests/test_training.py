@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from latentree.data.corpus import Corpus, Documents
-from latentree.series.checkpoints import LocalSeries
+from latentree.series.checkpoints import CARD, LocalSeries
 from latentree.train import training
 from latentree.train.model import build_model
 from latentree.train.optimizers import BatchedMuon, build_optimizers, hidden_matrices, rate_share
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import CARD, STATE, evaluate, train
+from latentree.train.training import STATE, evaluate, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedModel
 

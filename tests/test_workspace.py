@@ -55,6 +55,14 @@ def test_two_claims_of_one_name_leave_no_result(tmp_path):
     assert not (work.out / "results").exists()
 
 
+def test_an_answer_must_name_claims_that_are_made(tmp_path):
+    work = Workspace("03_x", "smoke", tmp_path / "out")
+    work.answer("03_line", "a-claim", "a-typo")
+    with pytest.raises(ValueError, match="there is no claim a-typo"):
+        work.finish([claim()])
+    assert not (work.out / "results").exists()
+
+
 def test_relative_folders_are_the_projects_wherever_jupyter_started(tmp_path, monkeypatch):
     here = Workspace("03_x", "smoke", "outputs/scratch")
     monkeypatch.chdir(here.out.parents[1] / "notebooks")

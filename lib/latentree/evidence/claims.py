@@ -77,6 +77,15 @@ class Claim:
             return "absent" if phenomenon else "contradicted"
         return "undecided"
 
+    @property
+    def in_words(self) -> str:
+        """The statement, its verdict and its interval as one sentence of Markdown."""
+        if self.interval is None:
+            return f"{self.statement}: **{self.verdict}**, {self.reason}."
+        value, low, high = self.interval
+        evidence = f"{value:.2g} [{low:.2g}, {high:.2g}] over {self.n} {self.over}"
+        return f"{self.statement}, on {self.corpus}: **{self.verdict}**, {evidence}."
+
     def as_dict(self) -> dict:
         """All fields as plain JSON values: the interval as value, low, high, and the verdict."""
         fields = asdict(self)

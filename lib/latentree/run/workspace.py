@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 from IPython import get_ipython
-from IPython.display import Image
+from IPython.display import Image, Markdown, display
 
 from latentree.data.corpus import load_corpus
 from latentree.data.files import read_yaml, write_text
@@ -13,9 +13,8 @@ from latentree.evidence import figures
 from latentree.evidence.claims import claims_table
 from latentree.run.parameters import check, declared
 from latentree.run.record import output_folder, project_root, version_of
-from latentree.series.checkpoints import LocalSeries, seed_folder
+from latentree.series.checkpoints import CARD, LocalSeries, seed_folder
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import CARD
 
 
 class NotTrained(ValueError):
@@ -48,6 +47,7 @@ class Workspace:
         self.out = self._path(out)
         self.checkpoints = self._path(checkpoints or output_folder(profile) / "checkpoints")
         self.grammars = self._path(grammars)
+        self._answered = None  # by finish(), once answer() has made room for it
         pd.set_option("display.max_colwidth", None)  # statements are read, not glanced at
         figures.set_style()
 
@@ -135,14 +135,25 @@ class Workspace:
         figures.write_film(shown, path)
         return Image(path.read_bytes(), format="webp")
 
+    def answer(self, figure: str, *ids: str) -> None:
+        """Make room for this notebook's answer; finish() fills it, and the reader finds it here.
+
+        It is the saved `figure` of this name, and what was found of the claims with these `ids`.
+        """
+        room = Markdown("*The answer stands here when the notebook has run to its end.*")
+        shown = display(room, display_id=True), display(Markdown(""), display_id=True)
+        self._answered = figure, ids, shown
+
     def finish(self, claims) -> pd.DataFrame:
         """Write the claims to out/results/NN.json, whole or not at all; returns the table of them.
 
-        Raises ValueError if two claims have the same id.
+        Raises ValueError if two claims have the same id, or one that answer() names is not there.
         """
         ids = pd.Series([claim.id for claim in claims])
         if ids.duplicated().any():
             raise ValueError(f"claim {ids[ids.duplicated()].iloc[0]} is there twice; rename one")
+        if self._answered:
+            self._fill_answer({claim.id: claim for claim in claims})
         results = {
             "notebook": self.notebook,
             "profile": self.profile,
@@ -153,6 +164,14 @@ class Workspace:
         number = Path(self.notebook).name[:2]
         write_text(self._folder("results") / f"{number}.json", text + "\n")
         return claims_table(claims)
+
+    def _fill_answer(self, claim_of: dict) -> None:
+        figure, ids, (words, picture) = self._answered
+        if missing := [id for id in ids if id not in claim_of]:
+            raise ValueError(f"answer: there is no claim {missing[0]}; name one that is made")
+        found = [claim_of[id] for id in ids]
+        words.update(Markdown("\n".join(f"- {claim.in_words}" for claim in found)))
+        picture.update(Image(self.out / f"figures/{figure}.png"))
 
     def _folder_of(self, name: str, seed: int, variant: str = "") -> Path:
         return self.checkpoints / name / seed_folder(seed, variant)

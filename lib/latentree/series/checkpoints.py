@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 IDENTITY = "training.json"  # what was trained on what: in the run's folder and in each checkpoint
+CARD = "run_card.json"  # written last: its presence says that the training is finished
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # computed, not trained
 _PARTIAL = ".partial-"  # begins the name of a folder that is still being written
 

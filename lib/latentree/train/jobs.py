@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from latentree.data.corpus import held_out
-from latentree.series.checkpoints import seed_folder
+from latentree.series.checkpoints import CARD, seed_folder
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import CARD, Bar, check_run, launched, train
+from latentree.train.training import Bar, check_run, launched, train
 
 # A container's time on processors, in a period: of control groups 2, and 1.
 _QUOTAS = ("cpu.max", "cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us")

@@ -22,12 +22,17 @@ from latentree.data.corpus import Stream
 from latentree.data.files import locked, write_text
 from latentree.data.words import tokenizer
 from latentree.inside.names import Internals
-from latentree.series.checkpoints import IDENTITY, checkpoint_steps, read_identity, save_checkpoint
+from latentree.series.checkpoints import (
+    CARD,
+    IDENTITY,
+    checkpoint_steps,
+    read_identity,
+    save_checkpoint,
+)
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
 from latentree.train.settings import TOLD_ONLY
 
-CARD = "run_card.json"  # written last: its presence says that the training is finished
 STATE = "state.pt"  # where an interrupted training goes on
 _LOG_ROWS = 500  # rows of losses.csv, about
 _LAUNCHERS = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PMI_ OMPI_COMM_ MV2_COMM_ ACCELERATE_"
