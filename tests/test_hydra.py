@@ -15,8 +15,8 @@ from latentree.inside.trace import run
 from latentree.measure.donors import Stimulus, _draw_donors, _syntactic_states, stimulus
 from latentree.measure.hydra import (
     Ablations,
+    cross_judged,
     given_back,
-    judged_half,
     measure,
     repair_terms,
     repairs,
@@ -226,19 +226,23 @@ def test_compensation_by_construction_is_read_as_what_it_is(later, share):
     assert told.loc["given back", "low"] > 0.2 if share else told.loc["given back", "high"] < 0.05
 
 
-def test_the_layer_is_chosen_on_one_half_and_judged_on_the_other():
-    """removed 1, given back .5 in layer 1 on the half that chooses, and .2 on the other."""
+def test_no_layer_is_judged_where_it_was_chosen():
+    """removed 1; given back .5 by layer 1 on one half, and .3 by layer 0 on the other."""
     draw = np.random.default_rng(0)
     terms = draw.normal(0, 0.05, (3, 80, 3))
     terms[:2, :, 0] += 1
     terms[1, ::2, 1] += 0.5
-    terms[1, 1::2, 1] += 0.2
-    found = judged_half(terms, least=0.3)
-    assert found.tolist() == terms[1, 1::2].tolist()
-    assert given_back(found[None])[0] == pytest.approx(0.2, abs=0.05)
-    assert judged_half(terms[2:], least=0.3) is None  # nothing is removed
-    terms[:, 1::2, 0] = draw.normal(0, 1, (3, 40))  # nothing is removed where it is judged
-    assert judged_half(terms, least=0.3) is None
+    terms[0, 1::2, 1] += 0.3
+    found = cross_judged(terms, least=0.3)
+    assert found.tolist() == [*terms[1, 1::2].tolist(), *terms[0, ::2].tolist()]
+    assert given_back(found[None])[0] == pytest.approx(0, abs=0.05)  # a fake: each by one half only
+    terms[1, 1::2, 1] += 0.5
+    assert given_back(cross_judged(terms, least=0.3)[None])[0] == pytest.approx(0.5, abs=0.05)
+    assert cross_judged(terms[2:], least=0.3) is None  # nothing is removed
+    terms[:, :, 0] = draw.normal(0, 1, (3, 80))
+    terms[:, ::2, 0] += 1
+    terms[:, 1::2, 0] -= 1  # one half names a layer, and where it is judged nothing is removed
+    assert cross_judged(terms, least=0.3) is None
 
 
 def test_given_back_asks_for_all_three_conditions():

@@ -1,13 +1,17 @@
 """A text as a corpus, so that every measurement takes it as it takes sampled ones."""
 
+import ast
 import json
 import re
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 
 from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
+
+_LIBRARY = sorted(Path(ast.__file__).parent.glob("*.py"))  # the modules that Python brings along
 
 
 class Text(Corpus):
@@ -99,12 +103,21 @@ def _texts(source):
             yield row["text"]
 
 
-def _manual(letters: int = 800):
-    """Prose of Python's language reference, as help() has it: its paragraphs without code.
+def _docstrings(file: Path) -> str:
+    """What a module, its classes and its functions say of themselves, by empty lines."""
+    parts = ast.walk(ast.parse(file.read_bytes()))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    told = [ast.get_docstring(part) for part in parts if isinstance(part, documented)]
+    return "\n\n".join(filter(None, told))
 
-    Paragraphs of a section are put together until they have so many letters.
+
+def _manual(letters: int = 800):
+    """Prose of Python's manual, as help() has it: its paragraphs without code.
+
+    First the language reference, then what its modules say of themselves. Paragraphs of a section,
+    or of a module, are put together until they have so many letters.
     """
-    for section in topics.values():
+    for section in chain(topics.values(), map(_docstrings, _LIBRARY)):
         prose = ""
         for paragraph in section.split("\n\n"):
             words = " ".join(paragraph.split())

@@ -99,19 +99,23 @@ def given_back(terms, of=np.minimum) -> np.ndarray:
     return of(compensation, compensation - random) / removed
 
 
-def judged_half(terms, least: float, choose=np.nanargmax):
-    """`repair_terms` (sequence, 3) of one layer, chosen on every other sequence, on the rest.
+def cross_judged(terms, least: float, choose=np.nanargmax):
+    """`repair_terms` (sequence, 3), each half of the sequences at the layer the other half names.
 
-    `choose` names the layer by its share given back, among those where more than `least` logits are
-    removed (lower end of the mean's 95 %) and something comes later. None if there is none, or if
-    on the rest nothing is surely removed: a share of nothing says nothing.
+    So no layer is judged where it was chosen, and no sequence is lost. `choose` names the layer by
+    its share given back, among those where more than `least` logits are removed (lower end of the
+    mean's 95 %) and something comes later. None if neither half names one, or if nothing is surely
+    removed where they are judged: a share of nothing says nothing.
     """
-    half = terms[:, ::2]
-    enough = np.array([t_interval(one[:, 0])[1] > least and one[:, 1].any() for one in half])
-    if not enough.any():
-        return None
-    rest = terms[choose(np.where(enough, given_back(half), np.nan)), 1::2]
-    return rest if t_interval(rest[:, 0])[1] > 0 else None
+    judged = [terms[0, :0]]
+    for first in (0, 1):
+        half = terms[:, first::2]
+        enough = np.array([t_interval(one[:, 0])[1] > least and one[:, 1].any() for one in half])
+        if enough.any():
+            layer = choose(np.where(enough, given_back(half), np.nan))
+            judged.append(terms[layer, 1 - first :: 2])
+    judged = np.concatenate(judged)
+    return judged if len(judged) and t_interval(judged[:, 0])[1] > 0 else None
 
 
 def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
