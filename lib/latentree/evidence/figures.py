@@ -158,7 +158,7 @@ def heatmaps(table, index="layer", columns="tokens", limit=None, label="", **gri
         cells, axes = data.pivot(index=index, columns=columns, values="value"), plt.gca()
         look = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
         axes.imshow(cells, cmap=shades.cmap, norm=shades.norm, **look)
-        marks = range(0, cells.shape[1], max(1, cells.shape[1] // 4))
+        marks = range(0, cells.shape[1], -(-cells.shape[1] // 3))  # three labels fit
         shown = cells.columns[marks]
         if columns == "tokens":
             shown = [f"{tokens / 1e6:.2g}" for tokens in shown]
