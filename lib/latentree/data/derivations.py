@@ -1,11 +1,12 @@
-"""Sentences of a grammar, all trees level by level: no recursion, and nothing is kept."""
+"""Sentences of a grammar, all trees level by level: no recursion, and nothing is kept.
 
+A tree may be thousands of small levels deep, on which NumPy is several times faster than torch.
+"""
+
+import numpy as np
 import torch
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
-from latentree.data.corpus import position_within
 
 
 class Derivations:
@@ -16,22 +17,23 @@ class Derivations:
     """
 
     def __init__(self, grammar):
-        self._grammar, self._on = grammar, {}
+        self._grammar = grammar
         rules = sorted(enumerate(grammar.productions), key=lambda rule: rule[1].left)
-        self._choices = torch.tensor([i for i, _ in rules])  # the production of each rule
+        self._choices = np.array([i for i, _ in rules])  # the production of each rule
         rules = [rule for _, rule in rules]
         laws = [[] for _ in grammar.nonterminals]
         for rule in rules:
             laws[rule.left].append(rule.probability)
         limits = [counter.thresholds(law) + (s << counter.BITS) for s, law in enumerate(laws)]
-        below = [torch.tensor(rule.nonterminals, dtype=torch.int64) for rule in rules]
-        roles = torch.tensor([len(rule.roles) for rule in rules])
-        nodes = torch.tensor([len(row) for row in below])
-        spots, before = self._spots(rules)
-        self._tables = [torch.cat(limits), roles, roles.cumsum(0) - roles, nodes]
-        self._tables += [pad_sequence(below, True), pad_sequence(before, True), torch.tensor(spots)]
+        self._limits = torch.cat(limits).numpy()
+        self._below = _padded([rule.nonterminals for rule in rules])
+        self._nodes = np.array([len(rule.nonterminals) for rule in rules])
+        self._roles = np.array([len(rule.roles) for rule in rules])
+        self._first_spot = self._roles.cumsum() - self._roles
+        spots, before = self._where(rules)
+        self._spots, self._before = np.array(spots), _padded(before)
 
-    def _spots(self, rules):
+    def _where(self, rules):
         """Of each role in a production: (role, nonterminals before it, whom it follows or -1).
 
         Whom it follows is a number among the production's roles. And for each production how many
@@ -51,7 +53,7 @@ class Derivations:
                 followed, seen = habits.get(symbol), seen + 1
                 parent = rule.roles.index(followed) if followed in rule.roles else -1
                 spots.append((number[symbol], len(begins) - 1, parent))
-            before.append(torch.tensor(begins))
+            before.append(begins)
         return spots, before
 
     def _grow(self, key):
@@ -60,17 +62,19 @@ class Derivations:
         Of each node: its rule, its parent (index into the level above), which of that one's
         nonterminals it is, and where its own children begin in the level below.
         """
-        limits, _, _, nodes, below, *_ = self._to(key.device)
-        symbol, parent, levels = torch.zeros_like(key), torch.zeros_like(key), []
+        key = key.cpu().numpy()
+        symbol, parent, levels = np.zeros_like(key), np.zeros_like(key), []
         child = parent
         while len(symbol):
             drawn = counter.uniform(key) + (symbol << counter.BITS)
-            rule = torch.searchsorted(limits, drawn, right=True)
-            count = nodes[rule]
-            levels.append((rule, parent, child, count.cumsum(0) - count))
-            parent = torch.arange(len(rule), device=key.device).repeat_interleave(count)
-            child = position_within(parent)
-            key, symbol = counter.subkey(key[parent], child), below[rule[parent], child]
+            rule = self._limits.searchsorted(drawn, "right")
+            count = self._nodes[rule]
+            first = count.cumsum() - count
+            levels.append((rule, parent, child, first))
+            parent = np.arange(len(rule)).repeat(count)
+            child = np.arange(len(parent)) - first[parent]
+            key = counter.mix(key[parent] + (child + 1) * counter.GOLDEN)  # its subkey
+            symbol = self._below[rule[parent], child]
         return levels
 
     def _laid_out(self, levels):
@@ -78,65 +82,71 @@ class Derivations:
 
         Nodes go by levels; each sentence has one more token, its end.
         """
-        _, roles, _, nodes, _, before, _ = self._to(levels[0][0].device)
-        lengths, sums = [], []  # of a level's nodes, and what they sum to before each
+        ends = []  # of a level's nodes, if they stood side by side
         for rule, _, _, first in reversed(levels):
-            length = roles[rule]
-            if lengths:
-                length = length + sums[-1][first + nodes[rule]] - sums[-1][first]
-            lengths.append(length)
-            sums.append(pad(length.cumsum(0), (1, 0)))
-        lengths, sums = lengths[::-1], sums[::-1]
-        begins = [sums[0][:-1] + torch.arange(len(lengths[0]), device=lengths[0].device)]
-        for (above, _, _, first), (_, parent, child, _), total in zip(levels, levels[1:], sums[1:]):
-            beside = before[above[parent], child + 1] + total[:-1] - total[first[parent]]
-            begins.append(begins[-1][parent] + beside)
-        offset, children = 0, []
-        for rule, _, _, first in levels:
-            offset += len(rule)
-            children.append(first + offset)
-        begin = torch.cat(begins)
-        rule = torch.cat([rule for rule, *_ in levels])
-        return rule, begin, begin + torch.cat(lengths), torch.cat(children)
+            length = self._roles[rule]
+            if ends:
+                below = np.append(0, ends[-1])
+                length = length + below[first + self._nodes[rule]] - below[first]
+            ends.append(length.cumsum())
+        lengths = [np.diff(end, prepend=0) for end in reversed(ends)]
+        begins = [lengths[0].cumsum() - lengths[0] + np.arange(len(lengths[0]))]
+        for (above, _, _, first), (_, parent, child, _), length in zip(
+            levels, levels[1:], lengths[1:]
+        ):
+            side = length.cumsum() - length
+            side -= side[first[parent]]
+            begins.append(begins[-1][parent] + self._before[above[parent], child + 1] + side)
+        sizes = np.array([len(rule) for rule, *_ in levels])
+        children = np.concatenate([first for *_, first in levels]) + sizes.cumsum().repeat(sizes)
+        rule, begin = np.concatenate([rule for rule, *_ in levels]), np.concatenate(begins)
+        return rule, begin, begin + np.concatenate(lengths), children
 
     def draw(self, key) -> dict:
         """Fields role, place, binds_to (-1: no word), sentence (tokens,) of a sentence a key."""
-        _, roles, first_spot, _, _, before, spots = self._to(key.device)
         rule, begin, end, children = self._laid_out(self._grow(key))
-        node = torch.arange(len(rule), device=key.device).repeat_interleave(roles[rule])
-        number = position_within(node)  # among the roles of its production
-        role, nodes, parent = spots[first_spot[rule[node]] + number].T
-        edge = end[(children[node] + nodes - 1).clamp(max=len(end) - 1)]  # of the child before
-        at = edge.where(nodes > 0, begin[node]) + number - before[rule[node], nodes]
+        node = np.arange(len(rule)).repeat(self._roles[rule])
+        number = _within(node)  # among the roles of its production
+        role, nodes, parent = self._spots[self._first_spot[rule[node]] + number].T
+        edge = end[(children[node] + nodes - 1).clip(max=len(end) - 1)]  # of the child before
+        at = np.where(nodes > 0, edge, begin[node]) + number - self._before[rule[node], nodes]
         lengths = end[: len(key)] - begin[: len(key)] + 1
-        sentence = torch.arange(len(key), device=key.device).repeat_interleave(lengths)
-        place = position_within(sentence)
-        of_token = torch.full_like(place, len(self._grammar.roles) - 1)
+        sentence = np.arange(len(key)).repeat(lengths)
+        place = _within(sentence)
+        of_token = np.full_like(place, len(self._grammar.roles) - 1)
         of_token[at] = role
-        binds_to = torch.full_like(place, -1)
+        binds_to = np.full_like(place, -1)
         if self._grammar.file.binding > 0:
-            token = torch.arange(len(node), device=key.device)
-            followed = place[at[token - number + parent.clamp(min=0)]]
-            binds_to[at] = followed.where(parent >= 0, -1)
-        return {"role": of_token, "place": place, "binds_to": binds_to, "sentence": sentence}
+            followed = place[at[np.arange(len(node)) - number + parent.clip(min=0)]]
+            binds_to[at] = np.where(parent >= 0, followed, -1)
+        fields = {"role": of_token, "place": place, "binds_to": binds_to, "sentence": sentence}
+        return {name: torch.from_numpy(field).to(key.device) for name, field in fields.items()}
 
     def shapes(self, key) -> tuple[list, torch.Tensor]:
         """The Shapes of the sentences, and which of them each key has: (sentence,)."""
         levels = self._grow(key)
         rule, begin, _, _ = self._laid_out(levels)
-        sizes = torch.tensor([len(rule) for rule, *_ in levels], device=key.device)
-        depth = torch.arange(len(levels), device=key.device).repeat_interleave(sizes)
+        depth = np.arange(len(levels)).repeat([len(rule) for rule, *_ in levels])
         # Leftmost: by where they begin, and of those that begin together the highest first.
         order = (begin * len(levels) + depth).argsort()
-        sentence = torch.searchsorted(begin[: len(key)], begin[order], right=True) - 1
-        chosen = self._choices.to(key.device)[rule[order]].cpu()
+        sentence = begin[: len(key)].searchsorted(begin[order], "right") - 1
+        last = np.bincount(sentence).cumsum()[:-1]
         found, numbers = {}, []
-        for choices in chosen.split(torch.bincount(sentence).tolist()):
+        for choices in np.split(self._choices[rule[order]], last):
             numbers.append(found.setdefault(tuple(choices.tolist()), len(found)))
         shapes = [self._grammar.shape(choices) for choices in found]
         return shapes, torch.tensor(numbers, device=key.device)
 
-    def _to(self, device):
-        if device not in self._on:
-            self._on[device] = [table.to(device) for table in self._tables]
-        return self._on[device]
+
+def _padded(rows):
+    """Lists of numbers as an array (row, longest), 0 past their ends."""
+    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for row, numbers in zip(table, rows):
+        row[: len(numbers)] = numbers
+    return table
+
+
+def _within(group):
+    """0, 1, 2, ... within each run of equal numbers of a sorted array (n,)."""
+    counts = np.bincount(group)
+    return np.arange(len(group)) - (counts.cumsum() - counts)[group]
