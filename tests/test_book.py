@@ -103,6 +103,12 @@ def test_light_and_dark_wide_and_narrow(book, address, browser):
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_a_moving_picture_has_its_slider(book, address, browser):
+    browser.get(f"{address}/03_induction_heads.html")
+    slider = ".film input[type=range]"
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, slider))
+
+
 def test_search_finds_a_word(book, address, browser):
     browser.get(f"{address}/search.html?q=induction")
     WebDriverWait(browser, 30).until(

@@ -29,7 +29,6 @@ def run(tmp_path, monkeypatch):
             (made / file).write_text("{}")
         jobs[made] = None, SimpleNamespace(name=name), None
     monkeypatch.setattr(pack, "pool", lambda *_, **__: (jobs, "auto"))
-    monkeypatch.setattr(pack, "EVERY", 1)
     return folder
 
 
@@ -45,7 +44,7 @@ def test_a_workspace_reads_what_was_unpacked(run, tmp_path, capsys):
     assert work.series(work.corpus("bound-flat")).steps == [0, 20]
     assert work.series(work.corpus("sectioned")).steps == [20]  # of which 03 asks nothing
     series = work.series(work.corpus("bound"))
-    assert series.steps == [0, 3, 20]  # the first corpus, for its curves
+    assert series.steps == [0, 3, 20]  # the main corpus, for its curves: 3 is the nearest to 20 / 3
     before = Workspace("03_x", "smoke", tmp_path / "out", run / "checkpoints")
     for step in series.steps:
         weights = before.series(work.corpus("bound")).load(step).state_dict()

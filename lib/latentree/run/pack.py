@@ -3,7 +3,7 @@
     python -m latentree.run.pack RUN FILE
 
 It holds what notebooks 02 and 03 read of a run's trainings with seed 0: of each the last checkpoint,
-the first one of those that 03 measures along training, and some between of its main corpus, for the
+the first one of those that 03 measures along training, and three more of its main corpus, for the
 curves. Unpacked in a clone, the models lie where a run of that profile would have left them.
 """
 
@@ -19,7 +19,7 @@ from latentree.series.checkpoints import IDENTITY, LocalSeries
 from latentree.train.training import CARD
 
 SEED = 0
-EVERY = 8  # one in so many of the main corpus's checkpoints is kept
+SHARES = (1 / 3, 1 / 9, 1 / 27)  # of a training on the main corpus: where checkpoints are kept, too
 FILES = (IDENTITY, CARD, "losses.csv", "held_out.csv")
 
 
@@ -41,7 +41,8 @@ def pack(run: Path, file: Path) -> None:
             steps = LocalSeries(folder).steps
             kept = {steps[-1]}
             kept |= {steps[0]} if corpus.name in measured else set()
-            kept |= set(steps[::EVERY]) if corpus.name == measured[0] else set()
+            for share in SHARES if corpus.name == measured[0] else ():
+                kept.add(min(steps, key=lambda step: abs(step - share * steps[-1])))
             files = [folder / name for name in FILES]
             for step in sorted(kept):
                 files += sorted((folder / f"step-{step:08d}").iterdir())
