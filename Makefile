@@ -4,6 +4,7 @@
 # make labs       executes the labs of a profile, laptop or smoke, into outputs/PROFILE/labs/
 # make compare    tells which claims differ between two runs: make compare A=outputs/reading B=outputs/laptop
 # make exercises  writes students' notebooks, the solutions taken out, into exercises/
+# make pack       writes the models that a course's first two sessions read as one zip, from outputs/evening or RUN=
 # make solutions  executes the notebooks with their solutions and checks at smoke scale, in minutes
 # make lab        opens JupyterLab: notebooks/, and exercises/ if they are there
 # make book       builds the notebooks as a book, build/book/html/index.html
@@ -55,6 +56,10 @@ compare: .venv/.has-run
 exercises: .venv/.has-run
 	$(LIBRARY).run.exercises exercises $(PROFILE)
 
+pack: .venv/.has-run
+	mkdir -p build
+	$(LIBRARY).run.pack $(RUN) build/latentree-$(notdir $(RUN)).zip
+
 solutions:
 	$(MAKE) run PROFILE=smoke
 
@@ -89,4 +94,4 @@ report: .venv/.has-run
 		|| .venv/bin/python -m pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: run labs real test browser compare exercises solutions lab book bench cluster reading report
+.PHONY: run labs real test browser compare exercises pack solutions lab book bench cluster reading report

@@ -33,6 +33,7 @@ html_theme_options = {
     "navbar_persistent": [],
 }
 html_static_path, html_css_files = ["_static"], ["book.css"]
+html_js_files = [("film.js", {"defer": "defer"})]
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_show_copyright = html_show_sourcelink = False
 html_copy_source = False

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -11,25 +10,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from chromium import prefer, requested
 from reading import READING
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
 HTML = Path("build/book/html")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1400,1000",
-)
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +40,10 @@ def address(book):
     server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromium-driver, which `make test` installs as root")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
-
-
 def pages(book):
     """All pages; of those of the library, which are made from one template, the first three."""
     library = sorted(book.glob("library/*.html"))[:3]
     return [path.relative_to(book).as_posix() for path in sorted(book.glob("*.html")) + library]
-
-
-def requested(browser):
-    """The addresses that the browser has asked for since the last call."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [
-        m["params"]["request"]["url"]
-        for m in messages
-        if m["method"] == "Network.requestWillBeSent"
-    ]
 
 
 def test_notebooks_are_pages_with_folded_solutions_and_links(book):
@@ -127,8 +89,7 @@ def test_light_and_dark_wide_and_narrow(book, address, browser):
     shades = set()
     shade = "return getComputedStyle(document.body).backgroundColor"
     for scheme in ("light", "dark"):
-        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        prefer(browser, prefers_color_scheme=scheme)
         browser.get(f"{address}/02_training.html")
         shades.add(browser.execute_script(shade))
     assert len(shades) == 2
@@ -140,6 +101,12 @@ def test_light_and_dark_wide_and_narrow(book, address, browser):
         browser.get(f"{address}/{page}")
         assert browser.execute_script(too_wide) <= 1, page
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_moving_picture_has_its_slider(book, address, browser):
+    browser.get(f"{address}/03_induction_heads.html")
+    slider = ".film input[type=range]"
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, slider))
 
 
 def test_search_finds_a_word(book, address, browser):

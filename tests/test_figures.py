@@ -1,6 +1,9 @@
 """Pictures show the numbers of their tables, where they belong."""
 
+import sys
+import types
 import warnings
+from importlib.machinery import ModuleSpec
 from io import BytesIO
 
 import matplotlib
@@ -76,6 +79,28 @@ def test_a_written_picture_says_in_words_what_it_shows(tmp_path):
     figures.write(grid.figure, tmp_path / "a.png")
     told = Image.open(tmp_path / "a.png").text["Description"]
     assert "2 panels" in told and "training tokens" in told and "bound, bound-flat" in told
+
+
+def test_sliders_are_for_a_person_in_jupyter_and_a_run_keeps_none(monkeypatch):
+    asked, drawn = [], []
+    widgets = types.ModuleType("ipywidgets", "a stand-in, that moves each slider to its end")
+    widgets.__spec__ = ModuleSpec("ipywidgets", None)
+
+    def interact(shown, **ranges):
+        asked.append(ranges)
+        assert shown(**{name: values[-1] for name, values in ranges.items()}) is None
+
+    widgets.interact = interact
+    monkeypatch.setitem(sys.modules, "ipywidgets", widgets)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    figures.sliders(lambda **values: drawn.append(values), binding=(0, 1))
+    assert not asked and not drawn
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebooks/01.ipynb")
+    figures.sliders(lambda **values: drawn.append(values) or "a figure", binding=(0, 1))
+    assert asked == [{"binding": (0, 1)}] and drawn == [{"binding": 1}]
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # not installed
+    figures.sliders(drawn.append, binding=(0, 1))
+    assert len(asked) == 1
 
 
 def test_small_pictures_keep_their_shades():

@@ -4,7 +4,9 @@ A picture is one call on a tidy table: `lines`, `bars` and `heatmaps` return sea
 whose `set` names the axes. Columns value, low and high hold what is drawn and its interval.
 """
 
+import os
 import warnings
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -215,6 +217,21 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
             drawn |= dict(zip(*reversed(axes.get_legend_handles_labels())))
         found.figure.legend(drawn.values(), drawn.keys(), loc="outside center right")
     return found
+
+
+def sliders(draw, **ranges):
+    """`draw` with a slider or a list for each of its values, as ipywidgets' interact has them.
+
+    Only in a notebook that a person has opened on a Jupyter server, where `make lab` has installed
+    ipywidgets: an executed notebook keeps pictures, and nothing that needs a kernel.
+    """
+    if "JPY_SESSION_NAME" in os.environ and find_spec("ipywidgets"):
+        from ipywidgets import interact
+
+        def shown(**values):
+            draw(**values)  # what is returned would be shown twice
+
+        interact(shown, **ranges)
 
 
 # ---------------------------------------------------------------------- trees and documents
