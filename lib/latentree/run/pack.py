@@ -15,8 +15,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 from latentree.data.files import read_yaml
 from latentree.run.record import output_folder, project_root
 from latentree.run.trainings import pool
-from latentree.series.checkpoints import IDENTITY, LocalSeries
-from latentree.train.training import CARD
+from latentree.series.checkpoints import CARD, IDENTITY, LocalSeries
 
 SEED = 0
 SHARES = (1 / 3, 1 / 9, 1 / 27)  # of a training on the main corpus: where checkpoints are kept, too
