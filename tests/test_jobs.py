@@ -214,6 +214,9 @@ def test_what_a_scheduler_left_in_the_environment_is_ignored_and_told(monkeypatc
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # would divide gradients
     with pytest.warns(UserWarning, match="ignored in the environment: ACCELERATE_GRADIENT"):
         assert launched()
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    with pytest.raises(ValueError, match="WORLD_SIZE = 'x': is no number of processes"):
+        launched()
 
 
 def in_two_processes(folder):

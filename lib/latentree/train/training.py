@@ -129,6 +129,7 @@ def launched() -> bool:
     Without all that a launcher sets, what a scheduler or a shell has left in the environment
     (WORLD_SIZE, PMI_SIZE, ...) would make Accelerate wait for others. That is taken away with a
     warning, and so is ACCELERATE_...: how a model is trained, its TrainingConfig says alone.
+    ValueError if a launcher's number of processes is none.
     """
     at_work = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
     begins = "ACCELERATE_" if at_work else _LAUNCHERS
@@ -137,7 +138,10 @@ def launched() -> bool:
         del os.environ[name]
     if left:
         warnings.warn(f"ignored in the environment: {', '.join(left)}", stacklevel=2)
-    return at_work and int(os.environ["WORLD_SIZE"]) > 1
+    size = os.environ["WORLD_SIZE"] if at_work else "1"
+    if not size.isdecimal():
+        raise ValueError(f"WORLD_SIZE = {size!r}: is no number of processes; unset it, or set it")
+    return int(size) > 1
 
 
 def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
