@@ -15,8 +15,9 @@ def attention(model, see, weigh=partial(torch.softmax, dim=-1, dtype=torch.float
     """Within, every layer calls `see(layer, probabilities)`.
 
     They are (batch, head, query, key). What it returns, unless None, is attended with in their
-    place. `weigh` makes them from scores, which are very negative where a key is hidden. The other attention functions are faster and compute no probabilities, so the model has
-    its own one back afterwards.
+    place. `weigh` makes them from scores, which are very negative where a key is hidden. The other
+    attention functions are faster and compute no probabilities, so the model has its own one back
+    afterwards.
     """
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
