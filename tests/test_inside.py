@@ -52,6 +52,15 @@ def test_what_is_written_adds_up_to_the_stream_and_the_logits(architecture, conf
     close(found["logits"], model(input_ids=TOKENS).logits)
 
 
+def test_scores_can_be_weighed_otherwise():
+    """As a softmax of doubled scores does: that of a model whose queries are doubled."""
+    model, other = random_model("llama"), random_model("llama")
+    for block in other.model.layers:
+        block.self_attn.q_proj.weight.data *= 2
+    with attention(model, lambda *_: None, weigh=lambda scores: (2 * scores).softmax(-1)):
+        close(model(input_ids=TOKENS).logits, other(input_ids=TOKENS).logits)
+
+
 @pytest.mark.parametrize("architecture, config", MODELS)
 def test_attention_is_that_of_transformers_and_can_be_replaced(architecture, config):
     model = random_model(architecture, **config)

@@ -1,6 +1,7 @@
 """Attention probabilities, to be read or replaced, by transformers' interface for attention."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -10,12 +11,13 @@ _OPEN = "latentree_open"  # the name under which transformers finds the attentio
 
 
 @contextmanager
-def attention(model, see):
+def attention(model, see, weigh=partial(torch.softmax, dim=-1, dtype=torch.float32)):
     """Within, every layer calls `see(layer, probabilities)`.
 
     They are (batch, head, query, key). What it returns, unless None, is attended with in their
-    place. The other attention functions are faster and compute no probabilities, so the model has
-    its own one back afterwards.
+    place. `weigh` makes them from scores, which are very negative where a key is hidden. The other
+    attention functions are faster and compute no probabilities, so the model has its own one back
+    afterwards.
     """
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -25,7 +27,7 @@ def attention(model, see):
         scores = query @ key.transpose(2, 3) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask
-        probabilities = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        probabilities = weigh(scores).to(value.dtype)
         replaced = see(module.layer_idx, probabilities)
         if replaced is not None:
             probabilities = replaced
