@@ -18,6 +18,7 @@ from latentree.measure.hydra import (
     cross_judged,
     given_back,
     measure,
+    reaching_the_logit,
     repair_terms,
     repairs,
 )
@@ -229,7 +230,7 @@ def test_compensation_by_construction_is_read_as_what_it_is(later, share):
 def test_no_layer_is_judged_where_it_was_chosen():
     """removed 1; given back .5 by layer 1 on one half, and .3 by layer 0 on the other."""
     draw = np.random.default_rng(0)
-    terms = draw.normal(0, 0.05, (3, 80, 3))
+    terms = draw.normal(0, 0.05, (3, 80, 4))
     terms[:2, :, 0] += 1
     terms[1, ::2, 1] += 0.5
     terms[0, 1::2, 1] += 0.3
@@ -250,7 +251,10 @@ def test_given_back_asks_for_all_three_conditions():
     cases = {(1.0, 0.5, 0.0): 0.5, (1.0, 0.5, 0.5): 0.0, (1.0, 0.2, -0.6): 0.2}
     cases |= {(1.0, -0.3, -0.9): -0.3}
     for terms, expected in cases.items():
-        assert given_back(np.array([[terms]]))[0] == pytest.approx(expected)
+        for spared, reaches in {1.0: expected, 0.1: min(expected, 0.1)}.items():
+            shown = np.array([[[*terms, spared]]])
+            assert given_back(shown)[0] == pytest.approx(expected)
+            assert reaching_the_logit(shown)[0] == pytest.approx(reaches)
 
 
 # ---------------------------------------------------------------------- the stimulus

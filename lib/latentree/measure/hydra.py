@@ -69,11 +69,12 @@ def slope(pairs) -> np.ndarray:
 def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -> np.ndarray:
     """What replacing each layer's attention removes, and what later attentions give back.
 
-    (layer, sequence, 3) in logits: removed, compensation, and the compensation where as long a
-    random direction is taken away, the mean of `draws` of them. With `by` "mlp" it is what MLPs
-    give back: one that always takes half of what attention wrote would look like repair there
-    (erasure, McGrath et al. 2023), so that repair is asked of attentions. An attention that erases
-    passes, too: look whether its own direct effect rises above 0.
+    (layer, sequence, 4) in logits: removed, compensation, the compensation where as long a random
+    direction is taken away (the mean of `draws` of them), and by how much less than what is removed
+    the logit itself falls, after all later parts and the norm. With `by` "mlp" it is what MLPs give
+    back: one that always takes half of what attention wrote would look like repair there (erasure,
+    McGrath et al. 2023), so that repair is asked of attentions. An attention that erases passes,
+    too: look whether its own direct effect rises above 0.
     """
     runs, disturbed = Ablations(model, stimulus, among=among), []
     for draw in range(draws):
@@ -84,35 +85,46 @@ def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -
         found = runs.ablate("attention", layer)
         others = [getattr(one.ablate("attention", layer), by).sum(1) for one in disturbed]
         random = torch.stack(others).mean(0)
-        terms.append(torch.stack([found.removed, getattr(found, by).sum(1), random], 1))
+        given = getattr(found, by).sum(1)
+        terms.append(torch.stack([found.removed, given, random, found.self_repair], 1))
     return torch.stack(terms).numpy()
 
 
 def given_back(terms, of=np.minimum) -> np.ndarray:
-    """Share of what was removed that later parts give back (draws,), of (draws, sequence, 3).
+    """Share of what was removed that later parts give back (draws,), of (draws, sequence, 4).
 
     The smaller of mean compensation and mean compensation beyond a random direction's, over what
     was removed: above 0 only if all three of a repair's conditions hold, where something is. For a
     loss that must be surely below 0, take the larger `of` the two: np.maximum.
     """
-    removed, compensation, random = np.moveaxis(terms.mean(1), -1, 0)
+    removed, compensation, random, _ = np.moveaxis(terms.mean(1), -1, 0)
     return of(compensation, compensation - random) / removed
 
 
-def cross_judged(terms, least: float, choose=np.nanargmax):
-    """`repair_terms` (sequence, 3), each half of the sequences at the layer the other half names.
+def reaching_the_logit(terms) -> np.ndarray:
+    """`given_back`, but no more than the share of what was removed that the logit is spared.
+
+    Where logits are centred over the vocabulary, later parts may raise many words together, which
+    other parts and the norm take back; what does not reach the logit repairs nothing.
+    """
+    removed, *_, spared = np.moveaxis(terms.mean(1), -1, 0)
+    return np.minimum(given_back(terms), spared / removed)
+
+
+def cross_judged(terms, least: float, choose=np.nanargmax, share=given_back):
+    """`repair_terms` (sequence, 4), each half of the sequences at the layer the other half names.
 
     So no layer is judged where it was chosen, and no sequence is lost. `choose` names the layer by
-    its share given back, among those where more than `least` logits are removed (lower end of the
-    mean's 95 %) and something comes later. None if neither half names one, or if nothing is surely
-    removed where they are judged: a share of nothing says nothing.
+    its `share`, among those where more than `least` logits are removed (lower end of the mean's
+    95 %) and something comes later. None if neither half names one, or if nothing is surely removed
+    where they are judged: a share of nothing says nothing.
     """
     judged = [terms[0, :0]]
     for first in (0, 1):
         half = terms[:, first::2]
         enough = np.array([t_interval(one[:, 0])[1] > least and one[:, 1].any() for one in half])
         if enough.any():
-            layer = choose(np.where(enough, given_back(half), np.nan))
+            layer = choose(np.where(enough, share(half), np.nan))
             judged.append(terms[layer, 1 - first :: 2])
     judged = np.concatenate(judged)
     return judged if len(judged) and t_interval(judged[:, 0])[1] > 0 else None
