@@ -55,12 +55,17 @@ def test_two_claims_of_one_name_leave_no_result(tmp_path):
     assert not (work.out / "results").exists()
 
 
-def test_an_answer_must_name_claims_that_are_made(tmp_path):
-    work = Workspace("03_x", "smoke", tmp_path / "out")
-    work.answer("03_line", "a-claim", "a-typo")
-    with pytest.raises(ValueError, match="there is no claim a-typo"):
-        work.finish([claim()])
-    assert not (work.out / "results").exists()
+def test_an_answer_tells_the_claims_that_were_made(tmp_path, monkeypatch):
+    work, told = Workspace("03_x", "smoke", tmp_path / "out"), []
+    room = SimpleNamespace(update=lambda shown: told.append(shown))
+    monkeypatch.setattr(workspace, "display", lambda *_, **__: room)
+    work.answer("03_line", "a-claim", "of-another-profile")
+    work.finish([claim()])
+    (words,) = told  # and no picture, for none was saved
+    assert words.data.startswith("- ") and claim().verdict in words.data
+    work.save(plt.figure(), "03_line")
+    work.finish([claim()])
+    assert told[-1].data == (work.out / "figures/03_line.png").read_bytes()
 
 
 def test_relative_folders_are_the_projects_wherever_jupyter_started(tmp_path, monkeypatch):

@@ -138,7 +138,8 @@ class Workspace:
     def answer(self, figure: str, *ids: str) -> None:
         """Make room for this notebook's answer; finish() fills it, and the reader finds it here.
 
-        It is the saved `figure` of this name, and what was found of the claims with these `ids`.
+        It is the saved `figure` of this name, and what was found of the claims with these `ids`, as
+        far as they are made: some are on corpora that a profile does not have.
         """
         room = Markdown("*The answer stands here when the notebook has run to its end.*")
         shown = display(room, display_id=True), display(Markdown(""), display_id=True)
@@ -147,7 +148,7 @@ class Workspace:
     def finish(self, claims) -> pd.DataFrame:
         """Write the claims to out/results/NN.json, whole or not at all; returns the table of them.
 
-        Raises ValueError if two claims have the same id, or one that answer() names is not there.
+        Raises ValueError if two claims have the same id.
         """
         ids = pd.Series([claim.id for claim in claims])
         if ids.duplicated().any():
@@ -167,11 +168,11 @@ class Workspace:
 
     def _fill_answer(self, claim_of: dict) -> None:
         figure, ids, (words, picture) = self._answered
-        if missing := [id for id in ids if id not in claim_of]:
-            raise ValueError(f"answer: there is no claim {missing[0]}; name one that is made")
-        found = [claim_of[id] for id in ids]
+        found = [claim_of[id] for id in ids if id in claim_of]
         words.update(Markdown("\n".join(f"- {claim.in_words}" for claim in found)))
-        picture.update(Image(self.out / f"figures/{figure}.png"))
+        file = self.out / f"figures/{figure}.png"
+        if file.exists():
+            picture.update(Image(file))
 
     def _folder_of(self, name: str, seed: int, variant: str = "") -> Path:
         return self.checkpoints / name / seed_folder(seed, variant)
