@@ -28,7 +28,7 @@ def shade_of(colour):
 @pytest.fixture
 def film(tmp_path):
     """A page with a film of three frames, each of one colour, and a picture that does not move."""
-    figures.write_film(map(shade_of, SHADES), tmp_path / "film.webp", milliseconds=100)
+    figures.write_film(map(shade_of, SHADES), tmp_path / "film.webp", milliseconds=400)
     figures.write_film([shade_of(SHADES[0])], tmp_path / "still.webp")
     images = ""
     for name in ("film", "still"):
@@ -40,7 +40,7 @@ def film(tmp_path):
 
 
 def one(browser, selector):
-    return WebDriverWait(browser, 10).until(
+    return WebDriverWait(browser, 60).until(
         lambda b: b.find_elements(By.CSS_SELECTOR, selector), selector
     )[0]
 
@@ -53,7 +53,7 @@ def drawn(browser):
 
 
 def wait_for(browser, shade):
-    WebDriverWait(browser, 10, 0.02).until(lambda b: drawn(b) == shade)
+    WebDriverWait(browser, 60, 0.02).until(lambda b: drawn(b) == shade)
 
 
 def test_a_film_plays_and_its_slider_chooses_the_frame(browser, film):
