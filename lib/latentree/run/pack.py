@@ -2,9 +2,10 @@
 
     python -m latentree.run.pack RUN FILE
 
-It holds what notebooks 02 and 03 read of a run's trainings with seed 0: of each the last checkpoint,
-the first one of those that 03 measures along training, and three more of its main corpus, for the
-curves. Unpacked in a clone, the models lie where a run of that profile would have left them.
+It holds what notebooks 02 and 03 read of a run's trainings with seed 0: of each the last
+checkpoint, the first one of those that 03 measures along training, and three more of its main
+corpus, for the curves. Unpacked in a clone, the models lie where a run of that profile would have
+left them.
 """
 
 import argparse
