@@ -145,9 +145,98 @@ def test_matches_are_of_the_role_s_own_set_and_stale_ones_of_another():
 def test_lifetimes_that_do_not_fill_a_document_are_refused():
     with pytest.raises(ValueError, match="numbers that sum to the 6 sentences"):
         Lifetimes(lasting(6).grammar, {"verb": [2, 3], "object": [6]})
+    with pytest.raises(ValueError, match="numbers that sum to the 6 sentences"):
+        Lifetimes(lasting(6).grammar, {"verb": [6], "object": [6]}, parts=[[3, 2]])
     with pytest.raises(ValueError, match="ideal reader is known where one level"):
         rows = held_out(crossed(), 2, 24)
         reader_losses(crossed(), rows, torch.zeros(2, 24))
+
+
+# ---------------------------------------------------------------------- parts that inherit
+
+
+def inheriting(redrawn=0.25, sentences=32):
+    """Two halves of a document, of two parts each, which draw a share of the habits anew."""
+    lives = dict.fromkeys(("verb", "object"), [sentences])
+    parts = [[sentences // 2] * 2, [sentences // 4] * 4]
+    return Lifetimes(lasting(sentences).grammar, lives, parts=parts, redrawn=redrawn)
+
+
+def test_parts_inherit_all_but_a_share():
+    documents = inheriting().documents(range(200))
+    for habits in (documents.habits["verb"], documents.habits["object"]):
+        part = habits.view(200, 4, 8, 8)
+        assert (part == part[:, :, :1]).all()
+        changed = (part[:, [0, 1, 2], 0] != part[:, [1, 2, 3], 0]).double().mean((0, 2))
+        near, far = 1 - 0.75**2, 1 - 0.75**4  # of two parts in a half; across the halves
+        expected = torch.tensor([near, far, near], dtype=torch.float64) * 7 / 8
+        assert torch.allclose(changed, expected, atol=0.04)
+
+
+def test_words_of_one_draw_are_called_alike_and_others_are_not():
+    documents = inheriting().documents(range(100))
+    token = {name: documents.token[name].view(100, 32, 4) for name in ("tokens", "alive")}
+    subject, alive = token["tokens"][:, :, 0], token["alive"][:, :, 1]
+    called = documents.habits["verb"].view(100, 32, 8).gather(2, subject[:, :, None])[:, :, 0]
+    same = subject[:, :, None] == subject[:, None]
+    one_draw = same & (alive[:, :, None] == alive[:, None])
+    alike = called[:, :, None] == called[:, None]
+    assert alike[one_draw].all()
+    assert float(alike[same & ~one_draw].double().mean()) == pytest.approx(1 / 8, abs=0.05)
+
+
+@pytest.mark.parametrize("redrawn", [0.0, 0.3, 1.0])
+def test_the_reader_of_parts_is_bayes_rule_over_all_trees(redrawn):
+    """Brute force: every root, half and part, weighed by the words so far."""
+    options, binding, length = 3, 0.6, 8
+    words = torch.randint(options, (4, length), generator=torch.manual_seed(0))
+    part = torch.arange(length).expand(4, -1) // 2
+    seen = torch.ones(4, length, length, dtype=torch.bool).tril()
+    own = pairs.inherited_losses(words, seen, part, [2, 2], redrawn, options, binding)
+
+    def inherits(child, parent):
+        return (1 - redrawn) * (child == parent) + redrawn / options
+
+    def chance(tree, said):
+        root, *halves_and_parts = tree
+        halves, parts = halves_and_parts[:2], halves_and_parts[2:]
+        likely = np.prod([inherits(half, root) for half in halves])
+        likely *= np.prod([inherits(leaf, halves[at // 2]) for at, leaf in enumerate(parts)])
+        for at, word in enumerate(said):
+            likely *= binding * (word == parts[at // 2]) + (1 - binding) / options
+        return likely
+
+    trees = list(product(range(options), repeat=7))
+    for sequence, said in enumerate(words.tolist()[:2]):
+        total = [sum(chance(tree, said[:n]) for tree in trees) for n in range(1, length + 1)]
+        expected = -np.log(np.array(total[1:]) / np.array(total[:-1]))
+        assert np.allclose(own[sequence, :-1], expected, atol=1e-10)
+    if redrawn in (0.0, 1.0):
+        following = part.roll(-1, 1)[:, :, None]
+        same = seen & (following == part[:, None]) if redrawn else seen
+        ideal = pairs.ideal_losses(words, same, options, binding)
+        assert torch.allclose(own[:, :-1], ideal[:, :-1], atol=1e-10)
+
+
+def test_no_reader_that_takes_a_part_for_the_whole_does_better():
+    corpus = inheriting()
+    shown = look_ups(corpus, 200, 128)
+    seen, asked = shown.match | shown.stale, shown.kind >= 0
+    part = torch.arange(128).expand(200, -1) // 32
+
+    def gain(losses):
+        return float(pairs.gains(losses, asked, 8).mean())
+
+    def told(within, redrawn):
+        about = within, redrawn, 8, 0.9
+        return gain(pairs.inherited_losses(shown.tokens % 8, seen, part, *about))
+
+    best = told([2, 2], 0.25)
+    same = part.roll(-1, 1)[:, :, None] == part[:, None]
+    assert best > told([4], 0.25) > told([4], 0.9)
+    assert best > gain(pairs.ideal_losses(shown.tokens, seen & same, 8, 0.9))  # of its part alone
+    assert best > gain(pairs.even_losses(shown.tokens, seen, 8, asked))
+    assert best < gain(pairs.ideal_losses(shown.tokens, shown.match, 8, 0.9))  # knows what expired
 
 
 # ---------------------------------------------------------------------- without a tree

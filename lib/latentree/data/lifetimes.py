@@ -13,47 +13,70 @@ class Lifetimes(GrammarProcess):
     `lifetimes` {child: for how many sentences each set of its habits lives, in order} takes the
     place of the grammar file's `redraw`; sets of all roles last through a document together. Two
     roles whose boundaries coincide where the longer-lived one changes are nested, others crossed.
-    Documents have a field more: alive, the number of the set of its role's habits that a token
-    stands in (of a role that follows none: of its document).
+    With `parts`, levels of lives, sets inherit: at each level in turn a part has the habits of what
+    it is a part of, but draws each of them anew with probability `redrawn`.
+    Documents have a field more: alive, the number of the draw, of its document, by which a word
+    calls for a token (of a role that follows none: of its document).
 
-    Raises ValueError unless each role with habits has lifetimes that fill a document.
+    Raises ValueError unless each role with habits has lifetimes that fill a document, as parts do.
     """
 
-    def __init__(self, grammar: Grammar, lifetimes: dict, seed: int = 0):
+    def __init__(self, grammar: Grammar, lifetimes: dict, seed: int = 0, parts=(), redrawn=1.0):
         file = grammar.file
-        sentences = file.document.per_document("sentence")
-        whole = {child: [sentences] for child in file.habits}
-        if {child: [sum(lives)] for child, lives in lifetimes.items()} != whole:
+        self.sentences = file.document.per_document("sentence")
+        whole = {child: self.sentences for child in file.habits}
+        filled = {child: sum(lives) for child, lives in lifetimes.items()}
+        if filled != whole or any(sum(lives) != self.sentences for lives in parts):
             raise ValueError(
-                f"grammar {grammar.name}: lifetimes = {lifetimes}: give for each of "
-                f"{', '.join(file.habits)} numbers that sum to the {sentences} sentences of a "
-                "document"
+                f"grammar {grammar.name}: lifetimes = {lifetimes}, parts = {list(parts)}: give for "
+                f"each of {', '.join(file.habits)}, and for each level of parts, numbers that sum "
+                f"to the {self.sentences} sentences of a document"
             )
         super().__init__(Grammar(file.model_dump() | {"redraw": {}}), seed)
-        self.lifetimes = lifetimes
+        self.lifetimes, self.parts, self.redrawn = lifetimes, parts, redrawn
         self._content = self._content | {"lifetimes": sorted(lifetimes.items())}
+        if parts:
+            self._content |= {"parts": parts, "redrawn": redrawn}
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, as those of any grammar, with the field alive."""
         found = super().documents(ids, device, detail)
         if detail:
-            token, most = found.token, max(map(len, self.lifetimes.values()))
+            token, roles = found.token, self.grammar.roles
+            begins = torch.arange(len(token["place"]), device=device) - token["place"]
+            above = self._tables[1].to(device)[token["shape"], token["place"]].clamp(min=0)
+            parent = token["rank"][begins + above]
+            sentence = token["document"] * self.sentences + token["sentence"]
+            document_key = counter.subkey(self._key.to(device), torch.as_tensor(ids, device=device))
+            most = max(map(len, self.lifetimes.values())) + sum(map(len, self.parts))
             token["alive"] = token["document"] * most
             for child in self.lifetimes:
-                here = token["role"] == self.grammar.roles.index(child)
-                token["alive"] += here * self._set_of(child).to(device)[token["sentence"]]
+                drawn = self._drawn(child, document_key)[1]
+                here = token["role"] == roles.index(child)
+                token["alive"] += here * drawn[sentence, parent % drawn.shape[1]]
         return found
-
-    def _set_of(self, child):
-        """The number of the set of habits in each sentence of a document: (sentence,)."""
-        lives = torch.tensor(self.lifetimes[child])
-        return torch.arange(len(lives)).repeat_interleave(lives)
 
     def _latents(self, ids, document_key):
         """Maps and habits as of any grammar, but with a unit for each sentence."""
         maps, habits, *rest = super()._latents(ids, document_key)
-        for c, child in enumerate(habits):
-            number = self._set_of(child).to(ids.device)
-            key = counter.subkey(counter.subkey(document_key, 3000 + c)[:, None], number)
-            habits[child] = self._draw_habits(child, key.flatten())
-        return maps.expand(len(ids) * len(number), -1), habits, *rest
+        habits = {child: self._drawn(child, document_key)[0] for child in habits}
+        return maps.expand(len(ids) * self.sentences, -1), habits, *rest
+
+    def _drawn(self, child, document_key):
+        """A role's habits, and the number of the draw that each is from: (unit, parent)."""
+        c = list(self.grammar.file.habits).index(child)
+        key = counter.subkey(document_key, 3000 + c)[:, None]
+        habits = drawn = torch.zeros(1, 1, dtype=torch.int64, device=key.device)
+        before = 0
+        for lives in (self.lifetimes[child], *self.parts):
+            number = before + torch.arange(len(lives), device=key.device)
+            number = number.repeat_interleave(torch.tensor(lives, device=key.device))
+            of_set = counter.subkey(key, number).flatten()
+            fresh = self._draw_habits(child, of_set)
+            word = torch.arange(fresh.shape[1], device=key.device)
+            chance = counter.uniform(counter.subkey(counter.subkey(of_set, -1)[:, None], word))
+            again = (chance < self.redrawn * 2**counter.BITS) | (before == 0)
+            habits = torch.where(again, fresh, habits)
+            drawn = torch.where(again, number.repeat(len(document_key))[:, None], drawn)
+            before += len(lives)
+        return habits, drawn

@@ -26,6 +26,31 @@ def ideal_losses(tokens, fresh, options: int, binding: float) -> torch.Tensor:
     return -(binding * odds**next_seen / evidence + (1 - binding) / options).log()
 
 
+def inherited_losses(words, seen, part, within, redrawn: float, options: int, binding: float):
+    """Loss in nats (sequence, position) of the ideal reader where parts inherit a whole's habits.
+
+    A sequence is a whole of `within[0]` parts, each again of `within[1]`, and so on. A part has the
+    habits of what it is a part of, but draws each anew with probability `redrawn`. `words` numbers
+    a token within its role; `part` is the number of its smallest part, from 0; both (sequence,
+    position). `seen` are all earlier keys of the query's word, expired or not. Exact: messages go
+    up the tree, and Bayes' rule compares the evidence with and without the next token.
+    """
+    odds = 1 + options * binding / (1 - binding)
+    said = one_hot(part)[..., None] * one_hot(words, options)[:, :, None]  # (..., part, word)
+    said = said.double()
+
+    def evidence(keys):  # of each query: (sequence, query)
+        message = odds ** torch.einsum("bqk,bkpw->bqpw", keys.double(), said)
+        for parts in reversed(within):
+            message = (1 - redrawn) * message + redrawn * message.mean(-1, keepdim=True)
+            message = message.unflatten(2, (-1, parts)).prod(3)
+        return message.mean(-1)[..., 0]
+
+    following = torch.eye(words.shape[1], dtype=torch.bool).roll(1, 1)
+    gained = evidence(seen | following) / evidence(seen)
+    return -((1 - binding) / options * gained).log()
+
+
 def even_losses(tokens, seen, options: int, asked) -> torch.Tensor:
     """Loss in nats (sequence, position) of counting all `seen` keys alike, expired ones too.
 

@@ -19,7 +19,7 @@ _CHOICES = {
     "trackers": list[Literal["tensorboard", "wandb", "trackio"]],
 }
 _MAY_BE_0 = {"mlp_width", "tokens_per_step"}
-_MAY_BE_EMPTY = {"once", "replicas", "trackers"}
+_MAY_BE_EMPTY = {"named", "once", "replicas", "trackers"}
 
 
 class Parameters(
@@ -30,7 +30,8 @@ class Parameters(
     @model_validator(mode="after")
     def _within_limits(self):
         for name, value in self:
-            values = value if isinstance(value, list) else [value]
+            values = [*value.values()] if isinstance(value, dict) else value
+            values = values if isinstance(values, list) else [values]
             whole = [number for number in values if type(number) is int]
             if not values and name not in _MAY_BE_EMPTY:
                 raise ValueError(f"{name} = []: give at least one")
