@@ -117,20 +117,30 @@ class Successors(Corpus):
     Each of the `words` has `choices` words that may follow it, the same in all documents. A
     document draws one of them for each of the first `callers` words (by default all); that one
     follows with probability `binding`, else any of the choices does, all alike. Documents have
-    `length` tokens, and no end token.
+    `length` tokens, and no end token. With a `bank` there are so many latents only, and documents
+    have a field more: latent, the number of theirs.
     """
 
     def __init__(
-        self, name="treeless", words=36, choices=12, binding=0.7, length=128, callers=0, seed=0
+        self,
+        name="treeless",
+        words=36,
+        choices=12,
+        binding=0.7,
+        length=128,
+        callers=0,
+        bank=0,
+        seed=0,
     ):
         content = {"words": words, "choices": choices, "binding": binding, "length": length}
+        given = {"callers": callers, "bank": bank}
         super().__init__(
             name=name,
             kind="treeless",
             vocabulary_size=words,
             end=None,
             mean_document_length=length,
-            content=content | ({"callers": callers} if callers else {}),
+            content=content | {field: value for field, value in given.items() if value},
             seed=seed,
         )
         self.binding, self.length, self.callers = binding, length, callers or words
@@ -138,6 +148,8 @@ class Successors(Corpus):
         word = torch.arange(words)
         others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
         self.choices = others + (others >= word[:, None])  # a word never follows itself
+        latent = counter.subkey(counter.subkey(self._key, -3), torch.arange(bank))[:, None]
+        self.bank = counter.uniform(counter.subkey(latent, word)) * choices >> counter.BITS
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
@@ -149,7 +161,11 @@ class Successors(Corpus):
             parts = counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
             return counter.uniform(parts)
 
-        usual = uniform(1, words) * count >> counter.BITS
+        latent = None
+        usual = uniform(1, words) * count >> counter.BITS  # the number of a choice, for each word
+        if len(self.bank):
+            latent = uniform(5, 1) * len(self.bank) >> counter.BITS
+            usual = self.bank.to(device)[latent[:, 0]]
         other = uniform(2, self.length) * count >> counter.BITS
         bound = uniform(3, self.length) < int(self.binding * 2**counter.BITS)
         tokens = torch.empty(len(ids), self.length, dtype=torch.int64, device=device)
@@ -162,6 +178,8 @@ class Successors(Corpus):
         document = torch.arange(len(ids), device=device)[:, None].expand_as(tokens).flatten()
         fields = {"tokens": tokens.flatten(), "document": document}
         fields["position"] = position_within(document)
+        if latent is not None:
+            fields["latent"] = latent.expand_as(tokens).flatten()
         return Documents(fields, len(ids))
 
     def losses(self) -> tuple[float, float]:

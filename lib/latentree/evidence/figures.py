@@ -215,7 +215,8 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
         drawn = {}
         for axes in found.axes.flat:
             drawn |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-        found.figure.legend(drawn.values(), drawn.keys(), loc="outside center right")
+        names = [name for name in map(str, found.hue_names) if name in drawn]
+        found.figure.legend([drawn[name] for name in names], names, loc="outside center right")
     return found
 
 

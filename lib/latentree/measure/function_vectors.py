@@ -217,16 +217,23 @@ def wrong_contexts(model, contexts: Contexts, length: int, seed: int = 0):
 
 
 def transplants(model, contexts: Contexts, layer: int, length: int, seed: int = 0) -> pd.DataFrame:
-    """What is predicted after a fresh word in another latent's context, by what is changed there.
+    """What is predicted after a fresh word in another latent's context: `transplanted` there."""
+    asked, z, _ = wrong_contexts(model, contexts, length, seed)
+    return transplanted(model, contexts, asked, z, layer, seed)
 
-    Columns latent (the wanted one, whose truth counts), divergence (nats) and hit (the top word is
-    the right one) for each prompt and each change: `no change`; at the last token all heads give
-    the mean of the `wanted latent`, of `a third latent`, the `mean of all` queries, or that `mean
-    and noise` as long as the wanted latent's difference from it; or those of `other layers` only
-    than this one the wanted latent's; and the `best bias` on top of the mean of all, for that takes
-    away what the wrong context says, as the wanted latent's means do.
+
+def transplanted(model, contexts: Contexts, asked: Prompts, z, layer: int, seed: int = 0):
+    """What is predicted of prompts in another latent's context, by what is changed there.
+
+    `z` (layer, query, head, head_dim) are the head outputs at the contexts' queries. Columns latent
+    (the wanted one, whose truth counts), divergence (nats) and hit (the top word is the right one)
+    for each prompt and each change: `no change`; at the last token all heads give the mean of the
+    `wanted latent`, of `a third latent`, the `mean of all` queries, or that `mean and noise` as
+    long as the wanted latent's difference from it; or those of `other layers` only than this one
+    the wanted latent's; and the `best bias` on top of the mean of all, for that takes away what the
+    wrong context says, as the wanted latent's means do.
     """
-    asked, z, means = wrong_contexts(model, contexts, length, seed)
+    means = mean_heads(z, contexts, asked)
     there, place = asked.latent.unique(return_inverse=True)
     every = z.mean(1, keepdim=True).expand_as(means)
     noise = _random_like((means - every).flatten(2), seed).view_as(means)
