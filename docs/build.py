@@ -1,7 +1,7 @@
 """The book: `python docs/build.py` builds build/book/html from these pages and outputs/reading.
 
 The notebooks are copied with what a page needs and a notebook does not: links to other notebooks
-and to the literature, alternative texts of figures, solutions folded away, and a box that says how
+to the literature and the glossary, alternative texts of figures, solutions folded away, and a box that says how
 to run the page oneself.
 """
 
@@ -33,6 +33,10 @@ CITED = {  # how the notebooks name a work (the year in brackets or not): its ke
     r"Stolcke 1995": "stolcke1995",
     r"Todd et al\. 2024": "todd2024",
 }
+# Terms that texts use in their everyday sense, too: these are not linked.
+EVERYDAY = set(
+    "choice claim cue filter habits interval maps margin place sequence transfer".split()
+)
 RUN = """:::{{admonition}} Run this yourself
 :class: tip
 In a clone of the repository, `make run` executes all notebooks, and `make exercises` writes a copy
@@ -61,6 +65,25 @@ def linked(text: str, own: str, names: dict) -> str:
             pieces[at] = re.sub(said, f"{{cite:alp}}`{key}`", pieces[at])
             pieces[at] = re.sub(rf"{said[:-4]}\({said[-4:]}\)", f"{{cite:t}}`{key}`", pieces[at])
     return "".join(pieces)
+
+
+def with_terms(cells) -> None:
+    """Link the first use of each term of the glossary in a notebook's text."""
+    glossary = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    terms = set(re.findall(r"^(\w[^\n{]*)\n  ", glossary, re.MULTILINE)) - EVERYDAY
+    longest_first = "|".join(map(re.escape, sorted(terms, key=len, reverse=True)))
+    left_alone = r"```.*?```|`[^`]*`|\$[^$]+\$|\{[\w:]+\}|!?\[[^\]]*\]\([^)]*\)|<[^>]+>|^[#|][^\n]*"
+    pattern = re.compile(rf"({left_alone})|\b({longest_first})(s?)\b", re.DOTALL | re.MULTILINE)
+
+    def link(match):
+        if match[1] or match[2] not in terms:
+            return match[0]
+        terms.remove(match[2])
+        return f"{{term}}`{match[0]} <{match[2]}>`"
+
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            cell.source = pattern.sub(link, cell.source)
 
 
 def page_of(path: Path, names: dict):
@@ -92,6 +115,7 @@ def page_of(path: Path, names: dict):
                 film = output.data.pop("image/webp").replace("\n", "")
                 alt = f"{section}, along training"
                 output.data["text/html"] = f'<img alt="{alt}" src="data:image/webp;base64,{film}">'
+    with_terms(notebook.cells)
     title, rest = notebook.cells[0].source.split("\n", 1)
     name = path.relative_to(READING).with_suffix("").as_posix()
     notebook.cells[0].source = f"{title}\n\n{RUN.format(name=name)}\n{rest}"

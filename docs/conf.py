@@ -1,5 +1,9 @@
 """Sphinx: the book of executed notebooks (build.py). Nothing is executed, and nothing fetched."""
 
+from pathlib import Path
+
+import yaml
+
 project = "latentree"
 author = "The latentree developers"
 html_title = "latentree"
@@ -32,6 +36,19 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "navbar_persistent": [],
 }
+# With a line `repository-code: https://github.com/...` in CITATION.cff, pages of notebooks get
+# buttons that open them on Colab and Binder.
+cited = yaml.safe_load((Path(__file__).parents[3] / "CITATION.cff").read_text("utf-8"))
+if "repository-code" in cited:
+    html_theme_options |= {
+        "repository_url": cited["repository-code"],
+        "repository_branch": "main",
+        "path_to_docs": "notebooks",
+        "launch_buttons": {
+            "colab_url": "https://colab.research.google.com",
+            "binderhub_url": "https://mybinder.org",
+        },
+    }
 html_static_path, html_css_files = ["_static"], ["book.css"]
 html_js_files = [("film.js", {"defer": "defer"})]
 html_context = {"default_mode": "auto"}  # light or dark as the reader's system is

@@ -123,6 +123,20 @@ def scorecard(run: Path) -> str:
     return _narrow(pd.DataFrame(rows, columns=columns).to_markdown(index=False))
 
 
+def badges(cited: dict) -> str:
+    """Badges that open the notebooks on Colab and Binder, if CITATION.cff says where they are."""
+    if "repository-code" not in cited:
+        return ""
+    name = cited["repository-code"].removeprefix("https://github.com/")
+    colab, binder = "https://colab.research.google.com", "https://mybinder.org"
+    first = f"{colab}/github/{name}/blob/main/notebooks/01_grammar_design.ipynb"
+    notebooks = f"{binder}/v2/gh/{name}/main?labpath=notebooks"
+    return (
+        f"[![Open in Colab]({colab}/assets/colab-badge.svg)]({first}) "
+        f"[![Open on Binder]({binder}/badge_logo.svg)]({notebooks})\n\n"
+    )
+
+
 def in_words(papers, where: str = "", against: str = "", explained: str = "") -> str:
     """What the verdicts on the paper's claims of a row, and on two of ours, say together."""
     tested = [verdict for verdict in papers if verdict != "not tested"]
@@ -192,7 +206,8 @@ def main(arguments: list[str]) -> int:
         else:
             readme = Path("README.md")
             before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-            table = f"{BEGIN}\n\n{scorecard(READING)}\n\n{END}"
+            cited = yaml.safe_load(Path("CITATION.cff").read_text("utf-8"))
+            table = f"{BEGIN}\n\n{badges(cited)}{scorecard(READING)}\n\n{END}"
             write_text(readme, before + table + rest.split(END)[1])
             write_text(READING / "claims.md", f"# All claims\n\n{as_markdown(READING)}\n")
     except (ValueError, OSError) as error:

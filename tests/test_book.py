@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from chromium import prefer, requested
-from reading import READING
+from reading import READING, badges
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -51,10 +52,26 @@ def test_notebooks_are_pages_with_folded_solutions_and_links(book):
         text = (book / f"{notebook.stem}.html").read_text()
         assert "Run this yourself" in text and text.count("Exercise ") >= 3
         assert text.count("tag_hide-input") >= 3
+        linked = re.findall(r'href="glossary.html#term-([^"]+)"', text)
+        assert len(linked) >= 5 and len(set(linked)) == len(linked)  # each term at its first use
         for page in ("exercises.html", "teaching.html"):
             assert f'href="{notebook.stem}.html"' in (book / page).read_text()
     text = (book / "03_induction_heads.html").read_text()
     assert 'href="02_training.html"' in text and re.search(r'href="references.html#[^"]+"', text)
+
+
+def test_badges_take_the_address_of_the_repository_from_one_place(tmp_path):
+    assert badges({}) == ""
+    cited = {"repository-code": "https://github.com/some/where"}
+    _, colab, _, binder = re.findall(r"\]\((https:[^)]+)\)", badges(cited))
+    assert "/github/some/where/blob/main/notebooks/01" in colab and "/gh/some/where/" in binder
+    source = tmp_path / "build/book/source"
+    source.mkdir(parents=True)
+    for place in ("", "repository-code: https://github.com/some/where"):
+        (tmp_path / "CITATION.cff").write_text(f"cff-version: 1.2.0\n{place}\n")
+        (source / "conf.py").write_text(Path("docs/conf.py").read_text())
+        theme = runpy.run_path(str(source / "conf.py"))["html_theme_options"]
+        assert ("launch_buttons" in theme) == bool(place)
 
 
 def test_every_module_has_a_page_of_its_functions(book):
