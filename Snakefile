@@ -75,7 +75,7 @@ def grammars_of(text):
     wanted = [word + control for word in words for control in ("", "-flat", "-static", "-order3")]
     files = set()
     for name in wanted:
-        while name in GRAMMARS:
+        while name in GRAMMARS and str(GRAMMARS[name]) not in files:
             files.add(str(GRAMMARS[name]))
             name = read_yaml(GRAMMARS[name]).get("parent")
     return sorted(files)
@@ -123,11 +123,12 @@ rule labs:
 
 
 rule train:
+    # A finished training stays so: its inputs do not age it, and a job that fails leaves its card.
     input:
-        params=f"params/{PROFILE}/02_training.yaml",
-        grammars=lambda wildcards: grammars_of(wildcards.corpus),
+        params=ancient(f"params/{PROFILE}/02_training.yaml"),
+        grammars=lambda wildcards: [ancient(file) for file in grammars_of(wildcards.corpus)],
     output:
-        CARD,
+        update(CARD),
     threads: 8
     resources:
         gpu=GPUS,
@@ -152,7 +153,7 @@ def not_later(files):
 
 for done in filter(Path.exists, map(Path, map(stamp, HERE | LABS))):
     if done.stat().st_mtime > time.time() + 60:
-        sys.exit(f"error: {done}: is dated in the future, so that no change would be seen; set the clock, or remove it")
+        sys.exit(f"error: {done}: is dated in the future, so that no change would be seen; set the clock, or move it elsewhere")
 
 for name, after in (HERE | LABS).items():
     settings = f"params/{PROFILE}/{name}.yaml"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,29 @@ def test_cut_weights_are_refused_with_the_librarys_reason(tmp_path, kept):
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ValueError, match="step-00000003: Error while deserializing header: "):
         LocalSeries(tmp_path / "run").load(3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    file = make_run(tmp_path / "run") / "step-00000003" / WEIGHTS
+    weights = load_file(file)
+    weights["model.norm.weight"][3] = value
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="step-00000003: has weights that are not finite; choose"):
+        LocalSeries(tmp_path / "run").load(3)
+
+
+@pytest.mark.parametrize("error", [PermissionError, InterruptedError])
+def test_a_folder_that_cannot_be_looked_into_is_not_told_as_empty(tmp_path, monkeypatch, error):
+    run = make_run(tmp_path / "run")
+
+    def refuse(folder):
+        raise error(13, "refused")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(error, match="refused"):
+        LocalSeries(run)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -74,3 +74,15 @@ def test_students_notebooks_read_the_models_of_make_run_and_write_elsewhere(tmp_
         assert values["profile"] == "gpu" and values["out"] == "outputs/scratch"
         assert values.get("checkpoints", "") == ""  # those of the profile's run
         assert STUB in "\n".join(cell.source for cell in copy.cells)
+
+
+def test_what_a_student_has_written_is_kept(tmp_path, capsys):
+    written = tmp_path / "03_induction_heads.ipynb", tmp_path / "labs/03_successors.ipynb"
+    for file in written:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("a student's work")
+    main(str(tmp_path), "smoke")
+    said = capsys.readouterr().out
+    for file in written:
+        assert file.read_text() == "a student's work" and f"{file}: is there, and kept" in said
+    assert (tmp_path / "04_function_vectors.ipynb").exists()

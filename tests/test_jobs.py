@@ -131,6 +131,10 @@ def test_one_of_several_trainings_is_started_with_its_own_settings(tmp_path):
 
 
 def test_bad_input_is_told_in_one_line_before_anything_is_trained(tmp_path, capsys):
+    line = command(tmp_path)
+    for more in (["--corpus", "bond"], ["--seed", "7"], ["--notebook", "03_x"]):
+        assert main([*line, *more]) == 1
+        assert "no such training; choose others" in capsys.readouterr().err
     for bad, told in (({"layer": 3}, "layer is not a parameter"), ({"device": "cuda"}, "no GPU")):
         if bad.get("device") == "cuda" and torch.cuda.is_available():
             continue
@@ -202,6 +206,34 @@ def test_cores_follow_a_list_of_threads_and_a_containers_quota(monkeypatch, tmp_
         assert usable_cores() == cores
 
 
+@pytest.mark.parametrize(
+    "line, limited",
+    [("0::/slice/job", "slice"), ("0::/slice/job", "slice/job"), ("4:cpu:/job", "cpu/job")],
+)
+def test_a_quota_of_a_group_within_others_counts(monkeypatch, tmp_path, line, limited):
+    """As systemd, SLURM and Kubernetes give it, which a container's own root does not show."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(jobs, "_GROUPS", tmp_path)
+    monkeypatch.setattr(jobs, "_OWN_GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{line}\n")
+    (tmp_path / limited).mkdir(parents=True)
+    if limited.startswith("cpu"):
+        (tmp_path / limited / "cpu.cfs_quota_us").write_text("300000\n")
+        (tmp_path / limited / "cpu.cfs_period_us").write_text("100000\n")
+    else:
+        (tmp_path / limited / "cpu.max").write_text("300000 100000\n")
+    assert usable_cores() == 3
+
+
+@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "NSLOTS", "OMP_THREAD_LIMIT"])
+def test_the_cores_that_a_scheduler_gives_to_a_task_count(monkeypatch, name):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv(name, "5")
+    assert usable_cores() == 5
+
+
 @pytest.mark.parametrize("left", ["WORLD_SIZE", "PMI_SIZE", "ACCELERATE_USE_DEEPSPEED"])
 def test_what_a_scheduler_left_in_the_environment_is_ignored_and_told(monkeypatch, left):
     monkeypatch.setenv(left, "4")
@@ -210,7 +242,8 @@ def test_what_a_scheduler_left_in_the_environment_is_ignored_and_told(monkeypatc
     assert left not in os.environ and not launched()
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}.items():
         monkeypatch.setenv(name, value)
-    assert launched()
+    with pytest.warns(UserWarning, match="WORLD_SIZE = 2: waits for so many processes"):
+        assert launched()
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")  # would divide gradients
     with pytest.warns(UserWarning, match="ignored in the environment: ACCELERATE_GRADIENT"):
         assert launched()

@@ -58,3 +58,11 @@ def test_a_run_that_is_not_finished_is_not_packed(run, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "bound-flat/seed-0: is not finished; run `make run PROFILE=smoke`" in said
     assert not (tmp_path / "pack.zip").exists()
+
+
+@pytest.mark.parametrize("missing", ["losses.csv", "held_out.csv"])
+def test_a_pack_that_fails_leaves_the_one_before(run, tmp_path, missing):
+    (run / "checkpoints/sectioned/seed-0" / missing).unlink()
+    file = tmp_path / "pack.zip"
+    file.write_text("before")
+    assert pack.main([str(run), str(file)]) == 1 and file.read_text() == "before"

@@ -1,7 +1,10 @@
 """A run succeeds as a whole, or fails with one line and leaves what was finished before."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from latentree.run.execution import main
+from latentree.data.files import locked
+from latentree.run.execution import _publish, main
 from latentree.run.record import describe
 from tiny import (
     WAIT_ONCE,
@@ -107,14 +111,22 @@ def test_only_this_projects_commit_is_told(tmp_path, monkeypatch):
 
     def git(folder, *arguments):
         name = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", *name, *arguments], cwd=folder, check=True, capture_output=True)
+        line = ["git", *name, *arguments]
+        ran = subprocess.run(line, cwd=folder, check=True, capture_output=True, text=True)
+        return ran.stdout.strip()
 
     git(root.parent, "init")
     assert describe({"profile": "smoke"})["commit"] is None
+    elsewhere = git(root.parent, "rev-parse", "--absolute-git-dir")
     for arguments in (("init",), ("add", "."), ("commit", "-m", "a")):
         git(root, *arguments)
     entry = describe({"profile": "smoke"})
     assert len(entry["commit"]) == 40 and entry["dirty"] is False
+    for variable in ("GIT_DIR", "GIT_INDEX_FILE"):  # as a hook of another repository has them
+        with monkeypatch.context() as hook:
+            hook.setenv(variable, elsewhere)
+            told = describe({"profile": "smoke"})
+            assert (told["commit"], told["dirty"]) == (entry["commit"], False)
     Path("a.txt").touch()
     assert describe({"profile": "smoke"})["dirty"] is True
 
@@ -228,6 +240,65 @@ def test_a_lock_that_is_left_names_itself_and_nothing_is_lost(finished, monkeypa
     )
 
 
+@pytest.mark.parametrize("kind", ["figures", "results"])
+def test_a_folder_that_cannot_be_written_in_is_told_before_a_kernel_starts(finished, kind):
+    root = finished()
+    shutil.rmtree(root / "out" / kind)
+    (root / "out" / kind).symlink_to("/nowhere/there")  # a disk that is not mounted
+    before = files_of(root / "out")
+    ran = run(root, NAME)
+    told = f"{root}/out/{kind}: is no folder to write in; give rights, or another --out"
+    assert ran.returncode == 1 and told in one_line(ran.stderr) and "cells" not in ran.stdout
+    assert files_of(root / "out") == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_is_a_link_to_another_disk_gets_all_or_nothing(tmp_path, monkeypatch, fails):
+    staging, folder, moved = tmp_path / "staging", tmp_path / "out", os.replace
+    for file in ("figures/01_a.png", "results/01.json", "01_a.ipynb"):
+        for at, text in ((staging, "new"), (folder, "old")):
+            (at / file).parent.mkdir(parents=True, exist_ok=True)
+            (at / file).write_text(text)
+
+    def across_disks(source, target):
+        if Path(source).parent != Path(target).parent:
+            raise OSError(18, "Invalid cross-device link")
+        moved(source, target)
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", across_disks)
+    monkeypatch.setattr(os, "replace", across_disks)
+    if fails:
+        monkeypatch.setattr(shutil, "move", full)
+        with pytest.raises(OSError, match="No space left"):
+            _publish(staging, folder, "01")
+    else:
+        _publish(staging, folder, "01")
+    expected = "old" if fails else "new"
+    names = ["01_a.ipynb", "figures/01_a.png", "results/01.json"]
+    assert files_of(folder) == dict.fromkeys(names, expected)
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP"])
+def test_where_locks_are_refused_a_file_is_the_lock(tmp_path, monkeypatch, error):
+    """NFS without its lock service, and file systems in user space."""
+
+    def refuse(file, operation):
+        raise OSError(getattr(errno, error), error)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    held = tmp_path / ".a.held"
+    with locked(tmp_path / ".a.lock"):
+        with pytest.raises(TimeoutError, match=rf"{held}: another run \(process {os.getpid()}, on"):
+            with locked(tmp_path / ".a.lock"):
+                pass
+    with locked(tmp_path / ".a.lock"):
+        assert held.exists()
+    assert not held.exists()
+
+
 @pytest.mark.parametrize("damaged", ["{", "[]"])
 def test_a_damaged_record_is_told_before_a_kernel_starts_and_nothing_is_lost(finished, damaged):
     root = finished()
@@ -305,6 +376,8 @@ BAD_FILES = [
     ("corpora: [2026-11-26]", "would be read as 2026", "'2026-11-26' in quotes"),
     ("seed: 08", "seed = '08'", "write 8"),
     ("on: 3", "on would be read as True", "'on' in quotes"),
+    ("corpora:", "nothing would be read as None", "line 1, column 9"),
+    ("seed: 1__0", "1__0 would be read as 10", "'1__0' in quotes"),
 ]
 
 

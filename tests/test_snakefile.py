@@ -125,6 +125,31 @@ def test_on_a_cluster_every_training_is_a_job_with_a_gpu_and_notebooks_follow(tm
     assert len(re.findall(r"rule 0[1-9]_\w+:", told)) == 9
 
 
+def test_a_training_that_is_finished_stays_so_when_an_input_is_newer_or_its_job_fails(project):
+    """Snakemake removes the output of a job before it starts, and of one that fails."""
+    root = project([], [])
+    (root / "params/smoke/02_training.yaml").write_text("corpora: [bound]\nseeds: [0]\n")
+    (root / "params/grammars").mkdir()
+    (root / "params/grammars/bound.yaml").write_text("name: bound\n")  # which no job could read
+    card = root / "outputs/smoke/checkpoints/bound/seed-0/run_card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text("{}")
+    os.utime(card, (1e9, 1e9))
+    for force in ([], ["--forcerun", "train"]):
+        ran = snakemake(root, "gpus=1", "--until", "train", *force)
+        assert (ran.returncode != 0) == bool(force) and card.read_text() == "{}", ran.stderr
+
+
+def test_grammars_that_are_each_others_parents_do_not_hang(project):
+    root = project([], [])
+    (root / "params/grammars").mkdir()
+    for name, parent in (("bound", "other"), ("other", "bound")):
+        (root / f"params/grammars/{name}.yaml").write_text(f"name: {name}\nparent: {parent}\n")
+    with (root / f"params/smoke/{FIRST}.yaml").open("a") as file:
+        file.write("corpora: [bound]\n")
+    assert snakemake(root, "--dry-run").returncode == 0
+
+
 def test_a_job_on_a_cluster_begins_with_this_python_though_its_path_has_a_space(
     project, tmp_path, monkeypatch
 ):

@@ -157,7 +157,27 @@ def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["store_init_configuration", "log", "finish"])
+def test_a_tracker_that_fails_is_told_and_ends_no_training(tmp_path, monkeypatch, name):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{name}", fail)
+    with pytest.warns(UserWarning, match="trackers: .*No space left on device; nothing more is"):
+        losses = small(tmp_path / "run", trackers=["tensorboard"])
+    assert small(tmp_path / "alone").equals(losses)
+
+
 # ---------------------------------------------------------------------- kill and resume
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"no state"])
+def test_a_state_that_cannot_be_read_is_told_with_the_reason(tmp_path, content):
+    small(tmp_path / "run")
+    (tmp_path / "run" / "run_card.json").unlink()
+    (tmp_path / "run" / STATE).write_bytes(content)
+    with pytest.raises(ValueError, match=f"run/{STATE}: cannot be read: .+; if it is damaged"):
+        small(tmp_path / "run")
 
 
 def die_in(module, name, call, half=None, when=lambda *_: True):

@@ -6,14 +6,21 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 
 import torch
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from latentree.data import counter
 from latentree.data.files import read_yaml
 from latentree.data.grammar import Grammar
+from latentree.data.grammar_file import KINDS, first_fault
 
+# What a grammar file gives to a corpus without a grammar is of the types that this declares.
+strictly = validate_call(
+    config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+)
 HELD_OUT = 1 << 40  # document ids from here on are held out: no training document has one
 _BLOCK = 1 << 16  # documents whose order is shuffled together, where documents share latents
 _REFILL = {"cpu": 1 << 17, "cuda": 1 << 21}  # tokens that a stream samples at a time
@@ -122,6 +129,30 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
     from latentree.data.ngrams import Chain, HashedTables, Successors
     from latentree.data.sampler import GrammarProcess
 
+    kinds = {"n-gram": Chain, "hashed n-gram": HashedTables, "treeless": Successors}
+    kinds["filtered tree"] = FilteredTree
+    content = _content(name, folder)
+    kind = content.pop("kind", "PCFG")
+    if kind in KINDS:
+        return GrammarProcess(Grammar(content | {"kind": kind}), seed)
+    if kind not in [*kinds]:
+        known = ", ".join((*KINDS, *kinds))
+        raise ValueError(f"grammar {name}: kind = {kind!r}: choose one of {known}")
+    content.pop("about", None)
+    fields = signature(kinds[kind]).parameters.keys() - {"seed"}
+    if unknown := content.keys() - fields:
+        known = ", ".join(sorted(fields))
+        raise ValueError(f"grammar {name}: {min(unknown)}: no such field; fields: {known}")
+    if "parent" in content:  # which is no chain of a chain, or of itself
+        content["parent"] = GrammarProcess(Grammar(_content(content["parent"], folder)), seed)
+    try:
+        return kinds[kind](seed=seed, **content)
+    except ValidationError as error:
+        raise ValueError(first_fault(error, name, fields)) from None
+
+
+def _content(name, folder) -> dict:
+    """What a grammar file says. ValueError if it is missing, or its name is another."""
     path = Path(folder) / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
@@ -131,14 +162,7 @@ def load_corpus(name, folder="params/grammars", seed=0) -> Corpus:
         raise ValueError(
             f"grammar file {path}: name is {content.get('name')!r}; give file and name the same"
         )
-    kinds = {"n-gram": Chain, "hashed n-gram": HashedTables, "treeless": Successors}
-    kinds["filtered tree"] = FilteredTree
-    if content.get("kind") not in kinds:
-        return GrammarProcess(Grammar(content), seed)
-    fields = {key: value for key, value in content.items() if key not in ("kind", "about")}
-    if "parent" in fields:
-        fields["parent"] = load_corpus(fields["parent"], folder, seed)
-    return kinds[content["kind"]](seed=seed, **fields)
+    return content
 
 
 class Stream:

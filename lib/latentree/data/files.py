@@ -1,12 +1,15 @@
 """Files of a user are read strictly; files of a run are written whole or not at all."""
 
+import errno
 import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
+
+_NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}  # filelock knows ENOSYS
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -17,10 +20,11 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_plain(self, node):
         """A number in decimal digits, or true or false."""
-        decimal = r"[-+]?(0|[1-9][0-9_]*|[0-9_]*\.[^:]*)|true|false"
+        decimal = r"[-+]?(0|[1-9]\d*(_\d+)*|[0-9_]*\.[^:]*)|true|false"
         if not re.fullmatch(decimal, node.value.lower()):
-            told = f"{node.value} would be read as {self._read_as(node)}: write what is meant"
-            raise yaml.MarkedYAMLError(problem=f"{told}, as a word '{node.value}' in quotes")
+            told = f"{node.value or 'nothing'} would be read as {self._read_as(node)}: write what "
+            told += f"is meant, as a word '{node.value}' in quotes"
+            raise yaml.MarkedYAMLError(problem=told, problem_mark=node.start_mark)
         return self._read_as(node)
 
     def _read_as(self, node):
@@ -31,7 +35,8 @@ class _StrictLoader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value]
         for name in names:
             if names.count(name) > 1:
-                raise yaml.MarkedYAMLError(problem=f"{name} is there twice")
+                told = f"{name} is there twice"
+                raise yaml.MarkedYAMLError(problem=told, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -56,7 +61,13 @@ def read_yaml(path) -> dict:
 def locked(file: Path, seconds: float = 0):
     """Hold a lock; TimeoutError that says how to free it if another has it for so many seconds."""
     try:
-        held = FileLock(file).acquire(timeout=seconds)
+        try:
+            held = FileLock(file).acquire(timeout=seconds)
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            file = file.with_suffix(".held")
+            held = SoftFileLock(file).acquire(timeout=seconds)
     except Timeout:
         holder = file.read_text().split()[:2]  # named on file systems that cannot lock
         by = f" (process {', on '.join(holder)})" if holder else ""

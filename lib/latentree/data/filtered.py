@@ -6,9 +6,10 @@ right. exact/filtered.py has the exact law of the next symbol.
 
 import torch
 from nltk import Tree
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents
+from latentree.data.corpus import Corpus, Documents, strictly
 
 
 class FilteredTree(Corpus):
@@ -25,7 +26,17 @@ class FilteredTree(Corpus):
     probability of each production. ValueError for a filter deeper than the tree.
     """
 
-    def __init__(self, name, filter=0, symbols=8, depth=4, spread=2.0, seed=0, label=""):
+    @strictly
+    def __init__(
+        self,
+        name,
+        filter: NonNegativeInt = 0,
+        symbols: PositiveInt = 8,
+        depth: PositiveInt = 4,
+        spread: NonNegativeFloat = 2.0,
+        seed=0,
+        label: str = "",
+    ):
         if not 0 <= filter <= depth:
             raise ValueError(f"filter = {filter}: give a level of the tree, from 0 to {depth}")
         super().__init__(

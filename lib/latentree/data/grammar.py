@@ -84,9 +84,11 @@ class Grammar:
                     f"habits: {child} follows {parent}, but no production has both, so that this "
                     "does nothing; put both into one production, or remove the habit"
                 )
-        for role, count in zip(self.roles, self.role_counts):
+        used = {f"role {role!r}": count for role, count in zip(self.roles, self.role_counts)}
+        used |= {f"symbol {name}": count for name, count in zip(self.nonterminals, self.visits)}
+        for symbol, count in used.items():
             if count == 0:
-                raise self._fault(f"role {role!r} is in no sentence; use it or remove it")
+                raise self._fault(f"{symbol} is in no sentence; use it or remove it")
 
     def _fault(self, told):
         return ValueError(f"grammar {self.name}: {told}")

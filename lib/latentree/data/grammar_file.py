@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+KINDS = ("PCFG", "flat", "static", "bank", "small release", "small release, flat")
 LEVELS = ("corpus", "document", "section", "paragraph", "sentence")
 END = "end"  # the role that closes every sentence: one token, the last of the vocabulary
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -60,7 +61,7 @@ class GrammarFile(_Fields):
     """
 
     name: str
-    kind: Literal["PCFG", "flat", "static", "bank", "small release", "small release, flat"] = "PCFG"
+    kind: Literal[*KINDS] = "PCFG"
     label: str = ""
     about: str = ""
     sentence: str
@@ -123,10 +124,17 @@ def checked(content):
     try:
         return GrammarFile(**content)
     except ValidationError as error:
-        first = error.errors()[0]
+        raise ValueError(
+            first_fault(error, content.get("name"), GrammarFile.model_fields)
+        ) from None
+
+
+def first_fault(error, name, fields) -> str:
+    """A line on the first of the `fields` of a grammar file that a ValidationError tells of."""
+    first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
-    given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+    given = "" if first["type"].startswith("missing") else f" = {first['input']!r}"
     mend = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        mend = f"no such field; fields: {', '.join(GrammarFile.model_fields)}"
-    raise ValueError(f"grammar {content.get('name')}: {field}{given}: {mend}")
+        mend = f"no such field; fields: {', '.join(fields)}"
+    return f"grammar {name}: {field}{given}: {mend}"

@@ -1,11 +1,13 @@
 """Text without a tree: the release's hashed tables, a chain estimated from a corpus, successors."""
 
 import math
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents, position_within
+from latentree.data.corpus import Corpus, Documents, position_within, strictly
 
 
 class HashedTables(Corpus):
@@ -20,7 +22,15 @@ class HashedTables(Corpus):
     orders = (1, 2, 4, 8, 16, 32, 64, 128)
     shortest, spread = 10, 100
 
-    def __init__(self, name="released-ngram", vocabulary_size=1000, tables=1000, seed=0, label=""):
+    @strictly
+    def __init__(
+        self,
+        name="released-ngram",
+        vocabulary_size: Annotated[int, Field(gt=1)] = 1000,
+        tables: PositiveInt = 1000,
+        seed=0,
+        label: str = "",
+    ):
         super().__init__(
             name=name,
             kind="hashed n-gram",
@@ -121,17 +131,23 @@ class Successors(Corpus):
     have a field more: latent, the number of theirs.
     """
 
+    @strictly
     def __init__(
         self,
         name="treeless",
-        words=36,
-        choices=12,
-        binding=0.7,
-        length=128,
-        callers=0,
-        bank=0,
+        words: PositiveInt = 36,
+        choices: PositiveInt = 12,
+        binding: Annotated[float, Field(ge=0, le=1)] = 0.7,
+        length: PositiveInt = 128,
+        callers: NonNegativeInt = 0,
+        bank: NonNegativeInt = 0,
         seed=0,
     ):
+        if max(choices + 1, callers) > words:
+            raise ValueError(
+                f"{name}: words = {words}: give more than choices = {choices}, and at least "
+                f"callers = {callers}"
+            )
         content = {"words": words, "choices": choices, "binding": binding, "length": length}
         given = {"callers": callers, "bank": bank}
         super().__init__(
@@ -201,7 +217,16 @@ class Chain(Corpus):
     base vocabulary_size, in order.
     """
 
-    def __init__(self, parent, order=3, sample_tokens=1_000_000, seed=0, name="", label=""):
+    @strictly
+    def __init__(
+        self,
+        parent: Corpus,
+        order: PositiveInt = 3,
+        sample_tokens: PositiveInt = 1_000_000,
+        seed=0,
+        name="",
+        label: str = "",
+    ):
         if parent.grammar is None or parent.vocabulary_size ** (order + 1) >= 2**62:
             raise ValueError(
                 f"chain of order {order} of {parent.name}: has no grammar, or {order + 1} of its "

@@ -34,6 +34,7 @@ from latentree.data.files import locked, read_yaml
 from latentree.run import record
 from latentree.run.parameters import check, declared
 
+_KINDS = "figures", "tables", "results"  # the folders of what a notebook writes
 _SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
 _TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
@@ -55,7 +56,10 @@ def run(notebook: Path, params: Path, out: Path) -> None:
     start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".run.lock", 20):
-        record.read_record(folder)  # so that the end will have both
+        record.read_record(folder)  # so that the end will have both, and room for what is written
+    for kind in filter(os.path.lexists, (folder / kind for kind in _KINDS)):
+        if not os.access(kind, os.W_OK | os.X_OK) or not kind.is_dir():
+            raise OSError(f"{kind}: is no folder to write in; give rights, or another --out")
     with locked(folder / f".{name}.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir()
@@ -180,16 +184,21 @@ def _small(picture: str) -> str:
 
 def _publish(staging: Path, folder: Path, number: str) -> None:
     """Move what a notebook has written into `folder`, in place of what an earlier run left."""
-    earlier = set()
-    for kind in ("figures", "tables", "results"):
+    earlier, ready = set(), {}
+    for kind in _KINDS:
         earlier |= set(folder.glob(f"{kind}/{number}[._]*"))
-    for file in sorted(staging.rglob("*")):
-        if file.is_file():
+    try:
+        for file in filter(Path.is_file, sorted(staging.rglob("*"))):
             target = folder / file.relative_to(staging)
             target.parent.mkdir(exist_ok=True)
+            ready[target] = target.with_name(f".{target.name}.new")
+            shutil.move(file, ready[target])  # to another disk, too, if the folder is a link there
+        for target, file in ready.items():  # all are beside their places by now
             os.replace(file, target)
-            earlier.discard(target)
-    for file in earlier:
+    finally:
+        for file in ready.values():
+            file.unlink(missing_ok=True)
+    for file in earlier - ready.keys():
         file.unlink()
     shutil.rmtree(staging)
 

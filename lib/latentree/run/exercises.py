@@ -67,7 +67,9 @@ def main(folder: str, profile: str) -> None:
     for path in sorted(Path("notebooks").rglob("[0-9][0-9]_*.ipynb")):
         name = path.relative_to("notebooks")
         params, target = Path("params", profile, name).with_suffix(".yaml"), Path(folder, name)
-        if params.exists():  # a lab has no profile for GPUs
+        if target.exists():
+            print(f"{target}: is there, and kept as it is; for a new one move it elsewhere")
+        elif params.exists():  # a lab has no profile for GPUs
             values = read_yaml(params) | {"out": "outputs/scratch"}
             copy = student_copy(load_notebook_node(str(path)))
             copy = parameterize_notebook(copy, values, kernel_name="python3", language="python")

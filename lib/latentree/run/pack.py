@@ -9,6 +9,7 @@ left them.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -31,12 +32,12 @@ def pack(run: Path, file: Path) -> None:
     run = run.resolve()
     params = project_root() / "params" / run.name
     jobs, _ = pool(params, run, "0[23]_*", seed=SEED)
-    missing = [folder for folder in jobs if not (folder / CARD).exists()]
-    if missing or not jobs:
-        left = missing[0] if missing else f"{run}: no training with seed {SEED}"
-        raise ValueError(f"{left}: is not finished; run `make run PROFILE={run.name}`")
+    for folder in jobs:
+        if not (folder / CARD).exists():
+            raise ValueError(f"{folder}: is not finished; run `make run PROFILE={run.name}`")
     measured = read_yaml(params / "03_induction_heads.yaml")["corpora"]
-    with ZipFile(file, "w", ZIP_DEFLATED, compresslevel=9) as packed:
+    partial = file.with_name(f".{file.name}.partial")  # what was packed before stays until the end
+    with ZipFile(partial, "w", ZIP_DEFLATED, compresslevel=9) as packed:
         for folder, (_, corpus, _) in jobs.items():
             steps = LocalSeries(folder).steps
             kept = {steps[-1]}
@@ -48,6 +49,7 @@ def pack(run: Path, file: Path) -> None:
                 files += sorted((folder / f"step-{step:08d}").iterdir())
             for path in files:
                 packed.write(path, output_folder(run.name) / path.relative_to(run))
+    os.replace(partial, file)
 
 
 def main(arguments: list[str] | None = None) -> int:

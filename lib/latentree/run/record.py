@@ -96,7 +96,9 @@ def _told(*line) -> str | None:
     """What a program prints in the project's root; None if it is not installed, or fails."""
     if shutil.which(line[0]) is None:
         return None
-    ran = subprocess.run(line, cwd=project_root(), capture_output=True, text=True)
+    hooks = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"}  # git's, and of another repository
+    env = {name: os.environ[name] for name in os.environ.keys() - hooks}
+    ran = subprocess.run(line, cwd=project_root(), env=env, capture_output=True, text=True)
     return None if ran.returncode else ran.stdout.strip()
 
 

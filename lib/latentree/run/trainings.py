@@ -37,7 +37,8 @@ def planned(notebook: Path, params: Path, out: Path) -> tuple[dict, str]:
 def pool(params: Path, out: Path, notebook="*", corpus=None, seed=None) -> tuple[dict, str]:
     """What the notebooks of a profile train, and the device that one of them asks for, or auto.
 
-    `notebook`, `corpus` and `seed` choose some. ValueError for wrong parameters, or two devices.
+    `notebook`, `corpus` and `seed` choose some. ValueError for wrong parameters, two devices, or
+    where nothing is trained.
     """
     jobs, devices = {}, {"auto"}
     for file in sorted(params.glob(f"{notebook}.yaml")):
@@ -47,6 +48,11 @@ def pool(params: Path, out: Path, notebook="*", corpus=None, seed=None) -> tuple
             config, text, _ = job
             if corpus in (None, text.name) and seed in (None, config.seed):
                 jobs[folder] = job
+    if not jobs:
+        told = f"{params}/{notebook}.yaml, corpus = {corpus or 'any'}, seed = "
+        raise ValueError(
+            f"{told}{'any' if seed is None else seed}: no such training; choose others"
+        )
     asked = sorted(devices - {"auto"})
     if len(asked) > 1:
         raise ValueError(f"{params}: notebooks ask for device = {' and '.join(asked)}; give one")

@@ -103,11 +103,12 @@ class Workspace:
 
     def same_grammar(self, series: LocalSeries, corpus) -> None:
         """ValueError if a series was not trained on this corpus."""
-        theirs = series.identity.get("grammar")
-        if theirs != corpus.digest:
+        theirs = series.identity.get("grammar"), series.identity.get("corpus_seed", 0)
+        if theirs != (corpus.digest, corpus.seed):
             raise ValueError(
-                f"{series.folder}: was trained on another grammar {corpus.name} ({theirs}, this "
-                f"one is {corpus.digest}); train in another folder, or restore the grammar file"
+                f"{series.folder}: was trained on another grammar {corpus.name} ({theirs[0]}, seed "
+                f"{theirs[1]}; this one is {corpus.digest}, seed {corpus.seed}); train in another "
+                "folder, or restore the grammar file or corpus_seed"
             )
 
     def all_series(self, corpus, seeds, variant: str = "") -> dict:

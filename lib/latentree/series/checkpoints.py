@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -59,8 +60,8 @@ def read_identity(folder: Path) -> dict:
 def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     """The model in `folder`, ready to be measured; `options` go to from_pretrained.
 
-    ValueError if the folder lacks some of its weights, which transformers would draw at random, or
-    has others than its config says, which it would leave out. PermissionError for a file that may
+    ValueError if the folder lacks some of its weights, which transformers would draw at random, has
+    others than its config says, which it would leave out, or some not finite. PermissionError for a file that may
     not be read, which safetensors would call missing.
     """
     for file in Path(folder).iterdir():
@@ -87,6 +88,8 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
             f"{folder}: has weights that its config does not say, {others[0]} (and "
             f"{len(others) - 1} more); give the config that they were trained with"
         )
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise ValueError(f"{folder}: has weights that are not finite; choose another checkpoint")
     return model.to(device).eval()
 
 
@@ -101,7 +104,11 @@ class LocalSeries:
         self.folder = Path(folder)
         self.identity = read_identity(self.folder)
         self._folders = {
-            int(path.name[5:]): path for path in sorted(self.folder.glob("step-" + "[0-9]" * 8))
+            int(path.name[5:]): path
+            for path in sorted(
+                self.folder.iterdir()
+            )  # glob would see nothing where it may not look
+            if re.fullmatch(r"step-\d{8}", path.name)
         }
         if not self._folders:
             raise ValueError(f"{folder}: has no checkpoints yet; train there first")

@@ -15,8 +15,9 @@ from latentree.train.settings import TrainingConfig
 from latentree.train.training import Bar, check_run, launched, train
 
 # A container's time on processors, in a period: of control groups 2, and 1.
-_QUOTAS = ("cpu.max", "cpu/cpu.cfs_quota_us cpu/cpu.cfs_period_us")
-_GROUPS = Path("/sys/fs/cgroup")
+_QUOTAS = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_THREADS = "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NCPUS"
 # On a GPU so many at a time, if each has so many bytes: a small model leaves most of it idle.
 _ON_A_GPU, _SHARE_OF_GPU = 6, 16e9
 
@@ -89,19 +90,29 @@ def _at_a_time(device) -> int:
 def usable_cores() -> int:
     """How many cores this process may use.
 
-    Those that it is bound to, at most a container's quota of time, at most OMP_NUM_THREADS (the
-    first, if it is a list).
+    Those that it is bound to, at most a container's quota of time, at most what a scheduler gives
+    to a task, at most OMP_NUM_THREADS (the first, if it is a list).
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdigit() and int(asked):
-        bound = min(bound, int(asked))
-    for files in _QUOTAS:
-        said = [(_GROUPS / file).read_text() for file in files.split() if (_GROUPS / file).exists()]
+    for name in _THREADS:
+        asked = os.environ.get(name, "").split(",")[0].strip()
+        if asked.isdigit() and int(asked):
+            bound = min(bound, int(asked))
+    for group in _control_groups():
+        said = [(group / file).read_text() for file in _QUOTAS if (group / file).exists()]
         quota = " ".join(said).split()  # microseconds, of microseconds; max or -1: no limit
         if len(quota) == 2 and quota[0].isdigit():
             bound = min(bound, max(1, int(quota[0]) // int(quota[1])))
     return bound
+
+
+def _control_groups() -> set[Path]:
+    """The folders of those that this process is in, and of all above them."""
+    lines = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
+    paths = {""} | {line.split(":", 2)[2].strip("/") for line in lines}
+    own = {root / path for path in paths for root in (_GROUPS, _GROUPS / "cpu")}
+    above = {parent for group in own for parent in group.parents}
+    return own | {group for group in above if group.is_relative_to(_GROUPS)}
 
 
 # ---------------------------------------------------------------------- in a training process

@@ -7,8 +7,9 @@ import os
 import sys
 import time
 import warnings
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import pandas as pd
@@ -57,6 +58,16 @@ class Bar(tqdm):
         super().__init__(unit=" tokens", unit_scale=True, file=_Screen(), **settings)
 
 
+@contextmanager
+def _trackers_of(accelerator):
+    """Within, a tracker that fails (no network, a full disk) is told; no more is said to them."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"trackers: {error}; nothing more is said to them", stacklevel=3)
+        accelerator.trackers = []
+
+
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
     """Train a model on `corpus` in `folder`; interrupted and started again, it goes on exactly.
 
@@ -96,6 +107,7 @@ def check_run(config, corpus, held_out, folder) -> dict:
         "grammar": corpus.digest,
         "held_out": hashlib.sha256(tokens).hexdigest()[:16],
     }
+    identity |= {"corpus_seed": corpus.seed} if corpus.seed else {}  # 0 is not said
     identity |= config.model_dump(exclude=TOLD_ONLY)
     there = read_identity(folder) if (folder / IDENTITY).exists() else identity
     different = [name for name in identity | there if there.get(name) != identity.get(name)]
@@ -141,6 +153,9 @@ def launched() -> bool:
     size = os.environ["WORLD_SIZE"] if at_work else "1"
     if not size.isdecimal():
         raise ValueError(f"WORLD_SIZE = {size!r}: is no number of processes; unset it, or set it")
+    if int(size) > 1:
+        told = f"WORLD_SIZE = {size}: waits for so many processes; without a launcher unset it"
+        warnings.warn(told, stacklevel=2)
     return int(size) > 1
 
 
@@ -187,7 +202,8 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
             folder.mkdir(exist_ok=True)
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
     if config.trackers:
-        accelerator.init_trackers("latentree", identity)
+        with _trackers_of(accelerator):
+            accelerator.init_trackers("latentree", identity)
     if run.step == 0:
         _record(run, config, accelerator, model, held_out, folder, corpus)
 
@@ -218,7 +234,8 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         run.losses.append((run.step, tokens, mean, rate))
         told = {"loss": mean, "learning_rate": rate, "tokens": tokens} | config.lines
         told["tokens_per_second"] = tokens / run.seconds
-        accelerator.log(told, step=run.step)
+        with _trackers_of(accelerator):
+            accelerator.log(told, step=run.step)
         if run.step in checkpoints:
             _record(run, config, accelerator, model, held_out, folder, corpus)
         late = broadcast_object_list([time.monotonic() - saved > config.state_every_seconds])[0]
@@ -226,8 +243,9 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
             _save_state(accelerator, folder, model, optimizers, stream, run)
             saved = time.monotonic()
 
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    with _trackers_of(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
     if accelerator.is_main_process:
         card["tokens"] = config.steps * config.step_tokens
         card["seconds"] = round(run.seconds, 1)
@@ -296,7 +314,8 @@ def _record(run, config, accelerator, model, held_out, folder, corpus):
         means, tokens = losses.mean(1), run.step * config.step_tokens
         error = means.std().item() / len(means) ** 0.5
         run.held_out.append((run.step, tokens, means.mean().item(), error))
-        accelerator.log({"held_out_loss": means.mean().item()}, step=run.step)
+        with _trackers_of(accelerator):
+            accelerator.log({"held_out_loss": means.mean().item()}, step=run.step)
         save_checkpoint(model, folder, run.step, tokenizer(corpus.words, corpus.end))
         _write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
         _write_table(folder / "held_out.csv", run.held_out, "step tokens loss standard_error")
@@ -350,7 +369,11 @@ def _save_state(accelerator, folder: Path, model, optimizers, stream, run) -> No
 def _load_state(accelerator, folder: Path, model, optimizers, stream, run) -> None:
     """Go on from the state in `folder`, if there is one, in as many processes as saved it."""
     if (folder / STATE).exists():
-        state = torch.load(folder / STATE, map_location="cpu")
+        try:
+            state = torch.load(folder / STATE, map_location="cpu")
+        except (EOFError, RuntimeError, UnpicklingError) as error:
+            told = f"{folder / STATE}: cannot be read: {error!r:.99}"
+            raise ValueError(f"{told}; if it is damaged, move it elsewhere to begin anew") from None
         accelerator.unwrap_model(model).load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
