@@ -61,8 +61,8 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     """The model in `folder`, ready to be measured; `options` go to from_pretrained.
 
     ValueError if the folder lacks some of its weights, which transformers would draw at random, has
-    others than its config says, which it would leave out, or some not finite. PermissionError for a file that may
-    not be read, which safetensors would call missing.
+    others than its config says, which it would leave out, or some that are not finite.
+    PermissionError for a file that may not be read, which safetensors would call missing.
     """
     for file in Path(folder).iterdir():
         if file.is_file():
@@ -103,13 +103,9 @@ class LocalSeries:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.identity = read_identity(self.folder)
-        self._folders = {
-            int(path.name[5:]): path
-            for path in sorted(
-                self.folder.iterdir()
-            )  # glob would see nothing where it may not look
-            if re.fullmatch(r"step-\d{8}", path.name)
-        }
+        paths = sorted(self.folder.iterdir())  # glob would see nothing where it may not look
+        paths = [path for path in paths if re.fullmatch(r"step-\d{8}", path.name)]
+        self._folders = {int(path.name[5:]): path for path in paths}
         if not self._folders:
             raise ValueError(f"{folder}: has no checkpoints yet; train there first")
         for path in self._folders.values():
