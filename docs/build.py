@@ -1,8 +1,8 @@
 """The book: `python docs/build.py` builds build/book/html from these pages and outputs/reading.
 
-The notebooks are copied with what a page needs and a notebook does not: links to other notebooks
-to the literature and the glossary, alternative texts of figures, solutions folded away, and a box that says how
-to run the page oneself.
+The notebooks are copied with what a page needs and a notebook does not: links to other notebooks,
+to the literature and the glossary, alternative texts of figures, solutions folded away, and a box
+that says how to run the page oneself.
 """
 
 import json
