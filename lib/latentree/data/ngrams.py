@@ -127,8 +127,9 @@ class Successors(Corpus):
     Each of the `words` has `choices` words that may follow it, the same in all documents. A
     document draws one of them for each of the first `callers` words (by default all); that one
     follows with probability `binding`, else any of the choices does, all alike. Documents have
-    `length` tokens, and no end token. With a `bank` there are so many latents only, and documents
-    have a field more: latent, the number of theirs.
+    `length` tokens, and no end token. With a `bank` a document has one of so many rings of all
+    words instead, in each of which a word calls for the next one, so that none is called for more
+    than others; documents have a field more: latent, the number of their ring.
     """
 
     @strictly
@@ -164,8 +165,10 @@ class Successors(Corpus):
         word = torch.arange(words)
         others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
         self.choices = others + (others >= word[:, None])  # a word never follows itself
-        latent = counter.subkey(counter.subkey(self._key, -3), torch.arange(bank))[:, None]
-        self.bank = counter.uniform(counter.subkey(latent, word)) * choices >> counter.BITS
+        ring = counter.shuffled(
+            counter.subkey(counter.subkey(self._key, -3), torch.arange(bank)), words
+        )
+        self.bank = torch.empty_like(ring).scatter(1, ring, ring.roll(-1, 1))  # (latent, word)
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
@@ -178,19 +181,19 @@ class Successors(Corpus):
             return counter.uniform(parts)
 
         latent = None
-        usual = uniform(1, words) * count >> counter.BITS  # the number of a choice, for each word
+        calls = choices.gather(1, (uniform(1, words) * count >> counter.BITS).T).T
         if len(self.bank):
             latent = uniform(5, 1) * len(self.bank) >> counter.BITS
-            usual = self.bank.to(device)[latent[:, 0]]
+            calls = self.bank.to(device)[latent[:, 0]]
         other = uniform(2, self.length) * count >> counter.BITS
         bound = uniform(3, self.length) < int(self.binding * 2**counter.BITS)
         tokens = torch.empty(len(ids), self.length, dtype=torch.int64, device=device)
         tokens[:, :1] = uniform(4, 1) * words >> counter.BITS
         for t in range(1, self.length):
             before = tokens[:, t - 1]
-            called = usual.gather(1, before[:, None])[:, 0]
+            called = calls.gather(1, before[:, None])[:, 0]
             follows = bound[:, t] & (before < self.callers)
-            tokens[:, t] = choices[before, torch.where(follows, called, other[:, t])]
+            tokens[:, t] = torch.where(follows, called, choices[before, other[:, t]])
         document = torch.arange(len(ids), device=device)[:, None].expand_as(tokens).flatten()
         fields = {"tokens": tokens.flatten(), "document": document}
         fields["position"] = position_within(document)
