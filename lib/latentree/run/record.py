@@ -53,7 +53,8 @@ def describe(values: dict) -> dict:
         **_git_state(),
         "parameters": parameters,
         "parameters_sha256": _digest(parameters),
-        "seeds": values.get("seeds", [values["seed"]] if "seed" in values else []),
+        "seeds": values.get("seeds")
+        or [values[name] for name in ("seed", "corpus_seed") if name in values][:1],
         "versions": {"python": platform.python_version()} | versions,
         "device": _device(),
     }
