@@ -20,8 +20,9 @@ from latentree.run.trainings import main, planned
 from latentree.series.checkpoints import CARD, LocalSeries
 from latentree.train import jobs
 from latentree.train.jobs import plan, train_all, usable_cores
+from latentree.train.processes import Bar, launched
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import STATE, Bar, launched, train
+from latentree.train.training import STATE, train
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 1, "width": 16, "heads": 2, "context": 32, "batch_sequences": 4}

@@ -11,8 +11,9 @@ import torch
 
 from latentree.data.corpus import held_out
 from latentree.series.checkpoints import CARD, seed_folder
+from latentree.train.processes import Bar, launched
 from latentree.train.settings import TrainingConfig
-from latentree.train.training import Bar, check_run, launched, train
+from latentree.train.training import check_run, train
 
 # A container's time on processors, in a period: of control groups 2, and 1.
 _QUOTAS = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"

@@ -4,20 +4,15 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
-import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
 
 from latentree.data.corpus import Stream
 from latentree.data.files import locked, write_text
@@ -32,40 +27,11 @@ from latentree.series.checkpoints import (
 )
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
+from latentree.train.processes import Bar, accelerator_of, trackers_of
 from latentree.train.settings import TOLD_ONLY
 
 STATE = "state.pt"  # where an interrupted training goes on
 _LOG_ROWS = 500  # rows of losses.csv, about
-_LAUNCHERS = "WORLD_SIZE RANK LOCAL_RANK LOCAL_WORLD_SIZE PMI_ OMPI_COMM_ MV2_COMM_ ACCELERATE_"
-
-
-class _Screen:
-    """What standard error is at the moment; what cannot be written to it is lost."""
-
-    def write(self, text):
-        with suppress(OSError, ValueError, AttributeError):  # full; closed, or in other signs; none
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-    def flush(self):
-        """Nothing: every write is shown at once."""
-
-
-class Bar(tqdm):
-    """A bar of tokens. That it cannot be shown (a closed pipe, a full disk) never ends a run."""
-
-    def __init__(self, **settings):
-        super().__init__(unit=" tokens", unit_scale=True, file=_Screen(), **settings)
-
-
-@contextmanager
-def _trackers_of(accelerator):
-    """Within, a tracker that fails (no network, a full disk) is told; no more is said to them."""
-    try:
-        yield
-    except Exception as error:
-        warnings.warn(f"trackers: {error}; nothing more is said to them", stacklevel=3)
-        accelerator.trackers = []
 
 
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
@@ -86,7 +52,7 @@ def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.Data
     if (folder / CARD).exists():
         (folder / STATE).unlink(missing_ok=True)
         return pd.read_csv(folder / "losses.csv")
-    accelerator = _accelerator(config, device, folder)
+    accelerator = accelerator_of(config, device, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = locked(folder.with_name(f".{folder.name}.lock"), 5)
     with lock if accelerator.is_main_process else nullcontext():
@@ -116,47 +82,6 @@ def check_run(config, corpus, held_out, folder) -> dict:
             f"{folder}: holds a training with other {', '.join(different)}; name a new folder"
         )
     return identity
-
-
-def _accelerator(config, device, folder) -> Accelerator:
-    """Devices and processes, as Accelerate finds them."""
-    gpu = torch.cuda.is_available()
-    if device == "cuda" and not gpu:
-        raise ValueError("device = 'cuda': torch sees no GPU here; give auto or cpu")
-    # Accelerate remembers the first precision and device; a notebook trains several models.
-    alone = not launched()
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    precision = "bf16" if config.precision == "bfloat16" else "no"
-    return Accelerator(
-        cpu=device == "cpu" or not gpu,
-        mixed_precision=precision,
-        log_with=config.trackers or None,
-        project_dir=folder / "trackers",
-    )
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several.
-
-    Without all that a launcher sets, what a scheduler or a shell has left in the environment
-    (WORLD_SIZE, PMI_SIZE, ...) would make Accelerate wait for others. That is taken away with a
-    warning, and so is ACCELERATE_...: how a model is trained, its TrainingConfig says alone.
-    ValueError if a launcher's number of processes is none.
-    """
-    at_work = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
-    begins = "ACCELERATE_" if at_work else _LAUNCHERS
-    left = [name for name in os.environ if name.startswith(tuple(begins.split()))]
-    for name in left:
-        del os.environ[name]
-    if left:
-        warnings.warn(f"ignored in the environment: {', '.join(left)}", stacklevel=2)
-    size = os.environ["WORLD_SIZE"] if at_work else "1"
-    if not size.isdecimal():
-        raise ValueError(f"WORLD_SIZE = {size!r}: is no number of processes; unset it, or set it")
-    if int(size) > 1:
-        told = f"WORLD_SIZE = {size}: waits for so many processes; without a launcher unset it"
-        warnings.warn(told, stacklevel=2)
-    return int(size) > 1
 
 
 def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
@@ -202,7 +127,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
             folder.mkdir(exist_ok=True)
             write_text(folder / IDENTITY, json.dumps(identity, indent=1))
     if config.trackers:
-        with _trackers_of(accelerator):
+        with trackers_of(accelerator):
             accelerator.init_trackers("latentree", identity)
     if run.step == 0:
         _record(run, config, accelerator, model, held_out, folder, corpus)
@@ -234,7 +159,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         run.losses.append((run.step, tokens, mean, rate))
         told = {"loss": mean, "learning_rate": rate, "tokens": tokens} | config.lines
         told["tokens_per_second"] = tokens / run.seconds
-        with _trackers_of(accelerator):
+        with trackers_of(accelerator):
             accelerator.log(told, step=run.step)
         if run.step in checkpoints:
             _record(run, config, accelerator, model, held_out, folder, corpus)
@@ -243,7 +168,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
             _save_state(accelerator, folder, model, optimizers, stream, run)
             saved = time.monotonic()
 
-    with _trackers_of(accelerator):
+    with trackers_of(accelerator):
         for tracker in accelerator.trackers:
             tracker.finish()
     if accelerator.is_main_process:
@@ -314,7 +239,7 @@ def _record(run, config, accelerator, model, held_out, folder, corpus):
         means, tokens = losses.mean(1), run.step * config.step_tokens
         error = means.std().item() / len(means) ** 0.5
         run.held_out.append((run.step, tokens, means.mean().item(), error))
-        with _trackers_of(accelerator):
+        with trackers_of(accelerator):
             accelerator.log({"held_out_loss": means.mean().item()}, step=run.step)
         save_checkpoint(model, folder, run.step, tokenizer(corpus.words, corpus.end))
         _write_table(folder / "losses.csv", run.losses, "step tokens loss learning_rate")
