@@ -52,21 +52,26 @@ def copy(run: Path, reading: Path, number: str = "") -> None:
 
 
 def _take_prose(source: Path, executed: Path) -> None:
-    """Give an executed notebook the sentences of its source: they may change without a new run.
+    """Give an executed notebook the prose of its source: it may change without a new run.
 
     When each cell was executed is left out, which is a sixth of the file.
     """
     if not source.exists():
         return
-    cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
-    prose = {cell["id"]: cell["source"] for cell in cells if cell["cell_type"] == "markdown"}
-    notebook = json.loads(executed.read_text(encoding="utf-8"))
-    for cell in notebook["cells"]:
+    notebook, cells = json.loads(executed.read_text(encoding="utf-8")), []
+    ran = {cell["id"]: cell for cell in notebook["cells"] if cell["cell_type"] == "code"}
+    injected = [cell for cell in ran.values() if "injected-parameters" in _tags(cell)]
+    for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
+        cells.append(cell if cell["cell_type"] == "markdown" else ran[cell["id"]])
+        cells += injected if "parameters" in _tags(cell) else []
+    for cell in cells:
         cell["metadata"] = {key: cell["metadata"][key] for key in cell["metadata"] if key == "tags"}
-        if cell["cell_type"] == "markdown":
-            cell["source"] = prose.get(cell["id"], cell["source"])
-    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(notebook | {"cells": cells}, indent=1, ensure_ascii=False) + "\n"
     executed.write_text(text, encoding="utf-8")
+
+
+def _tags(cell) -> list[str]:
+    return cell["metadata"].get("tags", [])
 
 
 def as_markdown(run: Path) -> str:
