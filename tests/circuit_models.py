@@ -1,6 +1,13 @@
-"""GPT-2 models whose weights are set by hand, so that what their heads do is known."""
+"""GPT-2 models whose weights are set by hand, so that what their heads do is known.
+
+And heads whose attention is drawn by hand, in whatever model.
+"""
+
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
+from latentree.measure import induction
 from latentree.train.model import build_model
 
 VOCABULARY, CONTEXT = 60, 32
@@ -14,6 +21,30 @@ SIZES = {"layers": 2, "width": WIDTH, "heads": HEADS, "context": CONTEXT, "mlp_w
 SHARP = 500.0  # of attention scores and logits: a match beats all else
 # The scale of every LayerNorm of a repair model, to 1e-4: two large coordinates outweigh the rest.
 STEADY = 100.0
+
+
+def evenly(keys):
+    """Attention (..., query, key) that is even over some keys, and on the first without any."""
+    keys = keys.double()
+    first = torch.zeros_like(keys)
+    first[..., 0] = 1.0
+    count = keys.sum(-1, keepdim=True)
+    return torch.where(count > 0, keys / count.clamp(min=1), first)
+
+
+@contextmanager
+def heads_that_attend(patterns):
+    """What measures see of a model's only layer: patterns (sequence, head, query, key).
+
+    They must run all sequences at once.
+    """
+    opened = induction.attention
+
+    def attention(model, see):
+        return opened(model, lambda layer, probabilities: see(layer, patterns))
+
+    with patch.object(induction, "attention", attention):
+        yield
 
 
 def blank_model(**sizes):

@@ -5,7 +5,7 @@ import torch
 from latentree.inside.attention import patterns
 from latentree.inside.names import Internals
 from latentree.inside.trace import run
-from latentree.measure.ablation import _another, ablated_losses, control_heads
+from latentree.measure.ablation import _another, ablated_losses, control_heads, each_head
 from latentree.train.model import next_token_losses
 from test_inside import close, random_model
 
@@ -61,6 +61,28 @@ def test_ablations_agree_with_plain_hooks(architecture):
         close(ablated_losses(model, TOKENS, heads, how, seed=3, rows=2), losses)
     assert (expected["mean"] - expected["pattern"]).abs().max() > 1e-4
     assert (expected["mean"] - expected["resample"]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("how", ["mean", "resample"])
+def test_each_head_is_switched_off_alone_and_its_rise_is_counted_where_asked(how):
+    """Against hooks, one head after the other; the mean is of the predictions that are marked."""
+    model, clean = random_model("llama"), hooked_losses(random_model("llama"), {})
+    z = run(model, TOKENS, read=["z"])["z"]
+    odd = torch.arange(11) % 2 == 1
+    where = {"odd": odd.expand(5, -1), "first rows": (torch.arange(5) < 2)[:, None].expand(-1, 11)}
+    found = each_head(model, TOKENS, where, how, rows=2)
+    found = found.set_index(["layer", "head", "where"])
+    assert len(found) == 2 * 2 * 2
+    for layer, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        own = z[layer, :, :, head]
+        instead = own.mean((0, 1)) if how == "mean" else own[_another(5, 0)]
+        rise = hooked_losses(model, {(layer, head): instead}) - clean
+        expected = {"odd": rise[:, 1::2].mean(), "first rows": rise[:2].mean()}
+        for name, value in expected.items():
+            row = found.loc[(layer, head, name)]
+            assert row.value == pytest.approx(float(value), abs=1e-5)
+            assert row.low < row.value < row.high
+    assert found.value.std() > 1e-3  # heads differ
 
 
 def test_nothing_changes_without_heads_or_between_equal_sequences():

@@ -3,7 +3,15 @@
 import pandas as pd
 import pytest
 import torch
-from circuit_models import CONTEXT, SIZES, VOCABULARY, duplicate_model, induction_model
+from circuit_models import (
+    CONTEXT,
+    SIZES,
+    VOCABULARY,
+    duplicate_model,
+    evenly,
+    heads_that_attend,
+    induction_model,
+)
 from grammars import make
 from latentree.data.corpus import load_corpus
 from latentree.data.ngrams import Chain, HashedTables
@@ -146,6 +154,28 @@ def test_a_head_of_fixed_distance_scores_as_much_on_the_targets_of_another_seque
     assert own > 0.15 and abs(own - other) < 0.03
 
 
+@pytest.mark.parametrize("name", ["bound", "released-small"])
+def test_a_perfect_head_clears_both_nulls_on_every_stimulus_and_no_fake_does(name):
+    """In windows as long as notebook 03's. In a repeat, a head of the period's distance has a high score too."""
+    corpus, sequences, context = load_corpus(name), 16, 128
+    place = torch.arange(context)
+    distance = place[:, None] - place
+    model = build_model("llama", corpus.vocabulary_size, 1, 16, heads=4, context=context).eval()
+    for kind, stimulus in stimuli(corpus, sequences, context).items():
+        followed, match = stimulus.orders.roll(1, 2) > 0, stimulus.orders > 0
+        places = [(distance == back).expand_as(match) for back in (3, context // 2 - 1)]
+        with heads_that_attend(evenly(torch.stack([followed, match, *places], 1))):
+            table = measure(model, {kind: stimulus}, rows=sequences)
+        best = pick(table, score="induction", order=0, variant="best").iloc[0]
+        heads = pick(table, score="induction", order=0, variant="head").set_index("head")
+        beyond = heads.value - heads[["chance", "elsewhere"]].max(axis=1)
+        assert heads.value[0] == pytest.approx(1) and beyond[0] > 0.35, (kind, beyond)
+        assert best["head"] == 0 and best.low > best[["chance", "elsewhere"]].max() + 0.35
+        assert beyond[1:].max() < 0.02, (kind, beyond)
+        if stimulus.period:
+            assert heads.value[3] > 0.6 and heads.value[3] > heads.chance[3] + 0.5
+
+
 def test_ratio_covers_what_it_should():
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(0, 9, (400, 30, 1), generator=generator)
@@ -247,6 +277,9 @@ def test_a_working_induction_circuit_is_found(made):
     assert (best.low.drop("natural") > 0.999).all()
     # The head also looks into other documents, where nothing counts as a match.
     assert best.low["natural"] > 0.85
+    # Short repeats of many words have their targets at one distance: there places explain much.
+    beyond = best.low - best[["chance", "elsewhere"]].max(axis=1)
+    assert (beyond.drop("random repeat") > 0.4).all() and beyond["random repeat"] > 0.2
     previous = pick(table, score="previous-token", variant="best")
     assert places(previous) == {(0, 0)} and (previous.value > 0.999).all()
     heads = pick(table, score="induction", order=0, variant="head")

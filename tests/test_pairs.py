@@ -9,7 +9,7 @@ from latentree.data.corpus import held_out, load_corpus
 from latentree.data.lifetimes import Lifetimes
 from latentree.data.ngrams import Successors
 from latentree.exact import ceilings, pairs
-from latentree.exact.predictors import role_losses
+from latentree.exact.predictors import role_losses, token_losses
 from latentree.exact.reader import reader_losses
 from latentree.measure.lookup import look_ups, of_keys
 
@@ -22,6 +22,17 @@ def lasting(sentences, **fields):
 
 def crossed():
     return Lifetimes(lasting(6).grammar, {"verb": [2, 4], "object": [3, 3]})
+
+
+def nested():
+    return Lifetimes(lasting(6).grammar, {"verb": [3, 3], "object": [1, 2, 3]})
+
+
+def inheriting(redrawn=0.25, sentences=32):
+    """Two halves of a document, of two parts each, which draw a share of the habits anew."""
+    lives = dict.fromkeys(("verb", "object"), [sentences])
+    parts = [[sentences // 2] * 2, [sentences // 4] * 4]
+    return Lifetimes(lasting(sentences).grammar, lives, parts=parts, redrawn=redrawn)
 
 
 def test_the_ideal_reader_is_that_of_any_grammar_at_every_token():
@@ -41,17 +52,34 @@ def test_the_ideal_reader_is_that_of_any_grammar_at_every_token():
     assert torch.allclose(reader[~asked], rest[~asked].double(), atol=1e-12)
 
 
-def test_the_ideal_reader_is_bayes_rule_over_all_tables():
-    """Brute force: every table of who calls for whom, weighed by the tokens so far."""
-    size, binding = 2, 0.7
+LIVES = {
+    "all": {},
+    "crossed": {"verb": [2, 4], "object": [3, 3]},
+    "nested": {"verb": [6], "object": [2, 2, 2]},
+    "one of 1": {"verb": [1] * 6, "object": [6]},
+}
+
+
+@pytest.mark.parametrize("lives", LIVES.values(), ids=LIVES)
+def test_the_ideal_reader_is_bayes_rule_over_all_tables(lives):
+    """Brute force: every table of who calls for whom, weighed by the tokens so far.
+
+    A verb's and an object's tables are forgotten where its own lives end, and both at a document's
+    end: V is what this reader gains.
+    """
+    size, binding, sentences = 2, 0.7, 6
     roles = {name: {"size": size} for name in ("subject", "verb", "object")}
-    corpus = lasting(3, roles=roles, binding=binding)
-    shown = look_ups(corpus, 5, 12)
+    corpus = lasting(sentences, roles=roles, binding=binding)
+    shown = look_ups(Lifetimes(corpus.grammar, lives) if lives else corpus, 4, 48)
     own = pairs.ideal_losses(shown.tokens, shown.match, size, binding)
+    gained = np.zeros(4)
     for sequence, tokens in enumerate(shown.tokens):
-        for begin in (0, 1):  # subject to verb, verb to object
-            seen, tables = [], list(product(range(size), repeat=size))
-            for at in range(begin, 12, 4):
+        for begin, role in enumerate(("verb", "object")):  # called for by the word before
+            tables = list(product(range(size), repeat=size))
+            new = {0, *np.cumsum(lives.get(role, [sentences]))}
+            for at in range(begin, 48, 4):
+                if at // 4 % sentences in new:
+                    seen = []
                 parent, child = int(tokens[at]) - begin * size, int(tokens[at + 1])
                 child -= (begin + 1) * size
 
@@ -62,7 +90,10 @@ def test_the_ideal_reader_is_bayes_rule_over_all_tables():
                 chances = np.array([chance(table, parent, child) for table in tables])
                 exact = -np.log((weight * chances).sum() / weight.sum())
                 assert float(own[sequence, at]) == pytest.approx(exact, abs=1e-12)
+                gained[sequence] += (np.log(size) - exact) / 48
                 seen.append((parent, child))
+    value = pairs.gains(own, shown.kind >= 0, size)
+    assert value.tolist() == pytest.approx(gained.tolist(), abs=1e-12)
 
 
 def test_a_window_of_several_documents_holds_the_same_value_and_misleads_who_counts_evenly():
@@ -94,11 +125,26 @@ def test_what_does_not_last_is_worth_nothing():
     assert not shown.match.any() and shown.stale.any()
 
 
-@pytest.mark.parametrize("corpus", [lasting(1), lasting(32), crossed()], ids=["1", "32", "own"])
+MEMBERS = {
+    "lives of 1": lasting(1),
+    "lives of 32": lasting(32),
+    "crossed": crossed(),
+    "nested": nested(),
+    "parts": inheriting(),
+}
+
+
+@pytest.mark.parametrize("corpus", MEMBERS.values(), ids=MEMBERS)
 def test_lifetimes_change_neither_what_syntax_gives_nor_what_latents_would(corpus):
+    """Exactly, by the grammar; and by its documents, to their sampling error."""
     expected = ceilings.expected(corpus.grammar).iloc[-1]
     same = ceilings.expected(lasting(8).grammar).iloc[-1]
     assert expected.equals(same)
+    documents = corpus.documents(range(400))
+    for column in ("syntax_only", "latent_aware"):
+        losses = token_losses(corpus.grammar, documents, column == "latent_aware").view(400, -1)
+        error = float(losses.mean(1).std()) / 400**0.5
+        assert float(losses.mean()) == pytest.approx(same[column], abs=3.5 * error + 1e-9)
 
 
 # ---------------------------------------------------------------------- lifetimes of one's own
@@ -153,13 +199,6 @@ def test_lifetimes_that_do_not_fill_a_document_are_refused():
 
 
 # ---------------------------------------------------------------------- parts that inherit
-
-
-def inheriting(redrawn=0.25, sentences=32):
-    """Two halves of a document, of two parts each, which draw a share of the habits anew."""
-    lives = dict.fromkeys(("verb", "object"), [sentences])
-    parts = [[sentences // 2] * 2, [sentences // 4] * 4]
-    return Lifetimes(lasting(sentences).grammar, lives, parts=parts, redrawn=redrawn)
 
 
 def test_parts_inherit_all_but_a_share():
