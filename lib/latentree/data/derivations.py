@@ -3,6 +3,8 @@
 A tree may be thousands of small levels deep, on which NumPy is several times faster than torch.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -122,7 +124,7 @@ class Derivations:
         fields = {"role": of_token, "place": place, "binds_to": binds_to, "sentence": sentence}
         return {name: torch.from_numpy(field).to(key.device) for name, field in fields.items()}
 
-    def shapes(self, key) -> tuple[list, torch.Tensor]:
+    def shapes(self, key) -> tuple[Sequence, torch.Tensor]:
         """The Shapes of the sentences, and which of them each key has: (sentence,)."""
         levels = self._grow(key)
         rule, begin, _, _ = self._laid_out(levels)
@@ -134,8 +136,20 @@ class Derivations:
         found, numbers = {}, []
         for choices in np.split(self._choices[rule[order]], last):
             numbers.append(found.setdefault(tuple(choices.tolist()), len(found)))
-        shapes = [self._grammar.shape(choices) for choices in found]
-        return shapes, torch.tensor(numbers, device=key.device)
+        return _Shapes(self._grammar, list(found)), torch.tensor(numbers, device=key.device)
+
+
+class _Shapes(Sequence):
+    """The Shapes of derivations, each spelt out when it is asked for: most are not."""
+
+    def __init__(self, grammar, derivations):
+        self._grammar, self._derivations = grammar, derivations
+
+    def __len__(self):
+        return len(self._derivations)
+
+    def __getitem__(self, number):
+        return self._grammar.shape(self._derivations[number])
 
 
 def _padded(rows):

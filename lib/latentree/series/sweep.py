@@ -53,6 +53,8 @@ def digest(tokens) -> str:
 
 
 def _library() -> str:
-    """A hash of this library's source."""
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    """A hash of the source that a measurement can depend on: not how models are trained or run."""
+    root = Path(__file__).parents[1]
+    files = {file for file in root.rglob("*.py") if file.parent.name not in ("run", "train")}
+    files.add(root / "train/model.py")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
