@@ -7,7 +7,6 @@ from collections import namedtuple
 from itertools import combinations
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -297,7 +296,6 @@ def test_what_the_hub_refuses_is_told_with_its_reason_and_a_mend(hub, cache):
 @pytest.mark.parametrize(
     "error, mend",
     [
-        (httpx.ConnectError("no route"), "no route; look at the network"),
         (PermissionError(13, "Permission denied"), ".*Permission denied; give a cache"),
         (OSError(30, "Read-only file system"), ".*Read-only file system; give a cache"),
     ],
@@ -309,6 +307,23 @@ def test_what_the_network_or_the_disk_refuses_is_told_with_its_reason(error, men
     monkeypatch.setattr(HfApi, "list_repo_refs", refuse)
     with pytest.raises(ValueError, match=f"maker/model: {mend}"):
         revisions("maker/model")
+
+
+def test_that_there_is_no_network_or_no_cache_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(ValueError, match="maker/model: .*refused.*; look at the network"):
+        revisions(MODEL)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="maker/model: .*; give the cache that has it"):
+        revisions(MODEL, tmp_path / "nothing")
+
+
+def test_an_early_step_with_the_final_weights_is_left_out_though_the_last_is_not_chosen(hub, cache):
+    hub.files["main"] = hub.files[NAMES[3000]]
+    hub.files[NAMES[0]] = hub.files[NAMES[3000]]
+    with pytest.warns(UserWarning, match="step0 share weights"):
+        assert HubSeries(MODEL, {0: NAMES[0], 1000: NAMES[1000]}, cache=cache).steps == [1000]
+    assert HubSeries(MODEL, {1000: NAMES[1000], 3000: NAMES[3000]}, cache=cache).steps[-1] == 3000
 
 
 def test_offline_an_empty_cache_is_named_and_not_the_names_of_steps(cache, monkeypatch):

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from fnmatch import filter as matching
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pandas as pd
 import torch
 from huggingface_hub import HfApi, constants, scan_cache_dir, snapshot_download
 from huggingface_hub import try_to_load_from_cache as in_cache
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+from huggingface_hub.errors import CacheNotFound, GatedRepoError, HfHubHTTPError, HTTPError
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoConfig
 
@@ -35,6 +34,7 @@ _STEP = re.compile(
 _SCALES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 _MENDS = [  # what huggingface_hub raises, and what to do then
     (GatedRepoError, "ask for access on its page, and log in by `hf auth login`"),
+    (CacheNotFound, "give the cache that has it (HF_HUB_CACHE), or unset HF_HUB_OFFLINE"),
     (HfHubHTTPError, "look at its name, log in again by `hf auth login`, or try later"),
     (Exception, "look at the network, or set HF_HUB_OFFLINE=1 to read the cache alone"),
 ]
@@ -46,7 +46,7 @@ def _asking(repository):
     """Within, what huggingface_hub or the network refuses becomes a ValueError with its reason."""
     try:
         yield
-    except (httpx.HTTPError, OSError) as error:
+    except (HTTPError, CacheNotFound, OSError) as error:
         reason = " ".join(str(error).split())
         mend = next(mend for kind, mend in _MENDS if isinstance(error, kind))
         if getattr(error, "errno", None):  # the file system's: rights, room, a read-only disk
@@ -173,7 +173,8 @@ class HubSeries:
     """Revisions {step: name} of a repository as a series, like `checkpoints.LocalSeries`.
 
     Where revisions share a file of weights, one label at least is wrong and nobody can say which:
-    none of them is kept, with a warning. Before any download ValueError if none is left, if it
+    none of them is kept, with a warning. Nor is one that has those of the branch main, which are
+    the end of training, unless it is the last. Before any download ValueError if none is left, if it
     comes to more than `download_limit_gb` (1e9 bytes), or the disk has no room for it. `identity`
     has the commits. `cache` is huggingface_hub's own unless given.
 
@@ -189,10 +190,12 @@ class HubSeries:
         self._loaded = None
         self._found = {step: self._look_up(name) for step, name in sorted(revisions.items())}
         shared = Counter(file for found in self._found.values() for file in found.weights)
+        last, final = max(self._found), self._final_weights()
         contested = {
             step: found.name
             for step, found in self._found.items()
             if any(shared[file] > 1 for file in found.weights)
+            or (step != last and found.weights & final)
         }
         if contested:
             told = f"{repository}: {', '.join(contested.values())} share weights, and are left out"
@@ -223,6 +226,13 @@ class HubSeries:
         if not wanted:
             raise ValueError(f"{self.repository}, revision {name}: has no weights; choose another")
         return _Revision(name, commit, {file: files[file] for file in wanted})
+
+    def _final_weights(self) -> set[str]:
+        """The hashes of the weights of the branch main; none where it cannot be seen."""
+        try:
+            return self._look_up("main").weights
+        except ValueError:
+            return set()
 
     def _missing(self, found: _Revision) -> int:
         """Bytes of a revision that are not in the cache."""
