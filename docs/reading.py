@@ -58,12 +58,15 @@ def _take_prose(source: Path, executed: Path) -> None:
     """
     if not source.exists():
         return
-    notebook, cells = json.loads(executed.read_text(encoding="utf-8")), []
-    ran = {cell["id"]: cell for cell in notebook["cells"] if cell["cell_type"] == "code"}
+    notebook = json.loads(executed.read_text(encoding="utf-8"))
+    cells, told = notebook["cells"], json.loads(source.read_text(encoding="utf-8"))["cells"]
+    ran = {cell["id"]: cell for cell in cells if cell["cell_type"] == "code"}
     injected = [cell for cell in ran.values() if "injected-parameters" in _tags(cell)]
-    for cell in json.loads(source.read_text(encoding="utf-8"))["cells"]:
-        cells.append(cell if cell["cell_type"] == "markdown" else ran[cell["id"]])
-        cells += injected if "parameters" in _tags(cell) else []
+    if all(cell["id"] in ran for cell in told if cell["cell_type"] == "code"):
+        cells = []
+        for cell in told:
+            cells.append(cell if cell["cell_type"] == "markdown" else ran[cell["id"]])
+            cells += injected if "parameters" in _tags(cell) else []
     for cell in cells:
         cell["metadata"] = {key: cell["metadata"][key] for key in cell["metadata"] if key == "tags"}
     text = json.dumps(notebook | {"cells": cells}, indent=1, ensure_ascii=False) + "\n"
