@@ -154,6 +154,7 @@ def main() -> int:
     links = {
         rf"{READING.as_posix()}/(\w+\.ipynb)": r"\1",
         rf"{READING.as_posix()}/claims\.md": "results.md",
+        r"\(docs/(\w+\.md)\)": r"(\1)",
     }
     for link, page in links.items():
         readme = re.sub(link, page, readme)

@@ -18,6 +18,7 @@ from latentree.evidence.compare import claims_of
 from latentree.run.record import write_entry
 
 READING = Path("outputs/reading")
+MOST = 3  # claims that a row of the scorecard shows; its verdict is that of all
 BEGIN, END = "<!-- scorecard: written by make report -->", "<!-- end of scorecard -->"
 
 
@@ -120,7 +121,8 @@ def scorecard(run: Path) -> str:
         asked = claims.loc[[_key(name) for name in row["claims"]]]
         told = {name: claims.loc[_key(claim), "verdict"] for name, claim in other.items()}
         word = in_words(asked.verdict[asked.whose == "paper"], row.get("where", ""), **told)
-        named = [_in_short(name, claims) for name in [*row["claims"], *other.values()]]
+        first = [*row["claims"][:MOST], *other.values()]
+        named = [_in_short(name, claims) for name in first]
         file = f"{run.as_posix()}/figures/{row['picture']}.png"
         picture = f'<img src="{file}" width="180" alt="{row["figure"]}">'
         link = f"{run.as_posix()}/{names[row['picture'][:2]]}.ipynb"
@@ -129,9 +131,11 @@ def scorecard(run: Path) -> str:
             row["says"],
             "<br>".join(named),
             f"**{word}**",
+            row.get("released", ""),
         ]
         rows.append([*shown, f"[{picture}]({link})"])
-    columns = ["paper", "it says", "measured here, with 95 %", "verdict", "see"]
+    measured = "measured here, with 95 %"
+    columns = ["paper", "it says", measured, "verdict", "what the release's score shows", "see"]
     return _narrow(pd.DataFrame(rows, columns=columns).to_markdown(index=False))
 
 
@@ -176,11 +180,14 @@ def _key(name: str) -> tuple:
 
 
 def _in_short(name: str, claims: pd.DataFrame) -> str:
-    """A claim's id, value and interval, in a few words."""
+    """A claim's id, value and interval, its null unless it is 0, and how many seeds."""
     claim, (_, id) = claims.loc[_key(name)], _key(name)
     if pd.isna(claim.value):
         return f"{id}: not tested"
-    return f"{id}: {claim.value:.2g} [{claim.low:.2g}, {claim.high:.2g}]"
+    about = [f"null {claim.null:.2g}"] if abs(claim.null or 0) > 0 else []
+    about += [f"{claim.n:.0f} {claim.over}"] if claim.over == "seeds" else []
+    told = f" ({', '.join(about)})" if about else ""
+    return f"{id}: {claim.value:.2g} [{claim.low:.2g}, {claim.high:.2g}]{told}"
 
 
 def _shown(claims: pd.DataFrame) -> pd.DataFrame:
