@@ -1,6 +1,7 @@
 """A text through the same interface as the sampled corpora, and through every measurement."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -103,6 +104,16 @@ def test_every_measurement_takes_a_text(text):
     assert (vectors["quantity"] == "gold word").any() and vectors["value"].notna().all()
     scored = stimulus(text, 12, 32)
     assert scored.peers is None and hydra.measure(model, scored)["value"].notna().all()
+
+
+def test_a_file_in_the_home_folder_is_found_and_one_that_is_not_there_is_named(
+    text, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Path(tmp_path, "mine.txt").write_text("the cat sat on the mat and the dog on the log " * 2)
+    assert load_text("~/mine.txt", tokenizer(), 1).name == "mine"
+    with pytest.raises(ValueError, match="text = 'gone.txt': there is no such file"):
+        load_text("gone.txt", tokenizer(), 1)
 
 
 def test_too_little_text_and_a_tokenizer_without_an_end_token_are_refused(text, tmp_path):

@@ -86,9 +86,11 @@ def load_text(
 
 def _texts(source):
     """The texts of the documents of a source, one after the other."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if source == "python":
         yield from _manual()
+    elif path.suffix in (".txt", ".jsonl") and not path.is_file():
+        raise ValueError(f"text = {source!r}: there is no such file; give one, or python")
     elif path.suffix == ".txt":
         yield from filter(str.strip, path.read_text(encoding="utf-8").split("\n\n"))
     elif path.suffix == ".jsonl":

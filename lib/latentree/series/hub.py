@@ -58,7 +58,7 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
     """{training step: revision} of the branches and tags that name a step, in order of steps.
 
     Such names are step1000-tokens4B, step-001000-2BT, checkpoint-100 or stage1-step-40000. Those of
-    later stages are told of in a warning: their steps begin anew. ValueError if there is none.
+    later stages are told of in a warning: steps of some begin anew. ValueError if there is none.
     """
     if constants.HF_HUB_OFFLINE:
         names = [name for name, files in _cached(repository, cache).items() if _of_model(files)]
