@@ -91,7 +91,7 @@ def executed(tmp_path_factory):
     [
         ("notebooks/01_grammar_design.ipynb", "01"),
         ("params/smoke/03_induction_heads.yaml", "03"),
-        ("params/grammars/sectioned.yaml", "06"),
+        ("params/grammars/sectioned.yaml", "01 06"),
         ("lib/latentree/exact/two_level.py", "08"),
         ("lib/latentree/run/execution.py", ""),
     ],
