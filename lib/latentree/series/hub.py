@@ -174,9 +174,9 @@ class HubSeries:
 
     Where revisions share a file of weights, one label at least is wrong and nobody can say which:
     none of them is kept, with a warning. Nor is one that has those of the branch main, which are
-    the end of training, unless it is the last. Before any download ValueError if none is left, if it
-    comes to more than `download_limit_gb` (1e9 bytes), or the disk has no room for it. `identity`
-    has the commits. `cache` is huggingface_hub's own unless given.
+    the end of training, unless it is the last. Before any download ValueError if none is left, if
+    it comes to more than `download_limit_gb` (1e9 bytes), or the disk has no room for it.
+    `identity` has the commits. `cache` is huggingface_hub's own unless given.
 
     With `free`, before a revision is loaded, the one loaded before and those of earlier steps are
     removed from the cache, whoever put them there: one at a time is on the disk. Offline nothing is
