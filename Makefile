@@ -27,6 +27,12 @@ ifneq ($(shell test -w "$$HOME" && echo 1),1)
 export XDG_CACHE_HOME ?= $(CURDIR)/.venv/cache
 endif
 
+# By error, any library's remark would end a run.
+ifneq ($(PYTHONWARNINGS),)
+$(warning PYTHONWARNINGS in the environment is ignored)
+unexport PYTHONWARNINGS
+endif
+
 -include cluster.mk
 
 run: .venv/.has-run

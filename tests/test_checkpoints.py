@@ -13,10 +13,11 @@ SIZES = {"layers": 1, "width": 8, "heads": 2, "context": 8}
 WEIGHTS = "model.safetensors"
 
 
-def make_run(folder, seed=0):
+def make_run(folder, seed=0, **told):
     """A run's folder with checkpoints at steps 0, 3 and 20, that differ in their weights."""
     folder.mkdir()
-    (folder / "training.json").write_text(json.dumps({"corpus": "bound", "seed": seed}))
+    identity = {"corpus": "bound", "seed": seed} | told
+    (folder / "training.json").write_text(json.dumps(identity))
     for step in (20, 0, 3):
         save_checkpoint(model_at(step), folder, step)
     return folder
@@ -107,7 +108,7 @@ def test_weights_of_another_shape_than_the_config_says_are_refused(tmp_path, cha
 def test_cut_weights_are_refused_with_the_librarys_reason(tmp_path, kept):
     file = make_run(tmp_path / "run") / "step-00000003" / WEIGHTS
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="step-00000003: Error while deserializing header: "):
+    with pytest.raises(ValueError, match=f"step-00000003/{WEIGHTS}: Error while deserializing header: "):
         LocalSeries(tmp_path / "run").load(3)
 
 
@@ -119,6 +120,26 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ValueError, match="step-00000003: has weights that are not finite; choose"):
         LocalSeries(tmp_path / "run").load(3)
+
+
+def test_quantised_weights_without_their_scales_are_refused_and_not_read_as_numbers(tmp_path):
+    file = make_run(tmp_path / "run") / "step-00000003" / WEIGHTS
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = (weights[name] * 127).to(torch.int8)
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: {name} holds whole numbers"):
+        LocalSeries(tmp_path / "run").load(3)
+
+
+def test_heads_split_otherwise_than_they_were_trained_are_refused(tmp_path):
+    run = make_run(tmp_path / "run", heads=2)
+    file = run / "step-00000003/config.json"
+    told = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    with pytest.raises(ValueError, match="config says 4 heads, and it was trained with 2"):
+        LocalSeries(run).load(3)
+    assert LocalSeries(run).load(20).config.num_attention_heads == 2
 
 
 @pytest.mark.parametrize("error", [PermissionError, InterruptedError])

@@ -399,6 +399,13 @@ def test_a_terminal_that_cannot_print_a_sign_does_not_end_a_run(tmp_path, monkey
     assert f"{NAME}: loss ? ?" in ran.stdout
 
 
+def test_that_a_shell_makes_errors_of_warnings_does_not_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    warns = ["import warnings", "warnings.warn('of a library')", "import seaborn"]
+    ran = run(write_project(tmp_path, **{NAME: warns}), NAME)
+    assert ran.returncode == 0 and "PYTHONWARNINGS in the environment is ignored" in ran.stderr
+
+
 def test_the_folder_of_a_profile(capsys):
     assert main(["--folder-of", "smoke"]) == 0
     assert capsys.readouterr().out == "outputs/smoke\n"

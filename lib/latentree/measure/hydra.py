@@ -17,7 +17,8 @@ what was removed does not decide it: a part that repairs in proportion repairs r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -76,11 +77,9 @@ def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -
     McGrath et al. 2023), so that repair is asked of attentions. An attention that erases passes,
     too: look whether its own direct effect rises above 0.
     """
-    runs, disturbed = Ablations(model, stimulus, among=among), []
-    for draw in range(draws):
-        shown = replace(stimulus, seed=stimulus.seed + 1000 * draw)
-        disturbed.append(Ablations(model, shown, "random", among=among))
-    terms = []
+    runs = Ablations(model, stimulus, among=among)
+    seeds = [stimulus.seed + 1000 * draw for draw in range(draws)]
+    disturbed, terms = [runs.another("random", seed) for seed in seeds], []
     for layer in range(runs.inside.layers):
         found = runs.ablate("attention", layer)
         others = [getattr(one.ablate("attention", layer), by).sum(1) for one in disturbed]
@@ -259,6 +258,12 @@ class Ablations:
             self.inputs["past_key_values"] = self.written["cache"]
         self.tokens = tokens[self.places]
         self.donor = sequence[self.places], position[self.places]
+
+    def another(self, how: str, seed: int) -> Ablations:
+        """Runs that replace in another way, mean, zero or random; the clean run is the same one."""
+        runs = copy(self)
+        runs.how, runs.seed = how, seed
+        return runs
 
     def _effects(self, written: dict, row, column) -> Effects:
         """Direct effects of what a run wrote at (row, column), read with the clean run's scale."""

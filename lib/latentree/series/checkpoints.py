@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -61,21 +61,21 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     """The model in `folder`, ready to be measured; `options` go to from_pretrained.
 
     ValueError if the folder lacks some of its weights, which transformers would draw at random, has
-    others than its config says, which it would leave out, or some that are not finite.
+    others than its config says, which it would leave out, or some that are whole numbers or not
+    finite.
     PermissionError for a file that may not be read, which safetensors would call missing.
     """
     for file in Path(folder).iterdir():
         if file.is_file():
             file.open("rb").close()
+        if file.suffix == ".safetensors":
+            _check_numbers(file)
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told below
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
-            )
-        except SafetensorError as error:
-            raise ValueError(f"{folder}: {error}; choose another checkpoint") from None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{folder}: lacks the weights {missing[0]} (and {len(missing) - 1} more); "
@@ -91,6 +91,18 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"{folder}: has weights that are not finite; choose another checkpoint")
     return model.to(device).eval()
+
+
+def _check_numbers(file: Path) -> None:
+    """ValueError for a file whose weights are whole numbers: quantised, and their scales lost."""
+    try:
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if not name.endswith(_BUFFERS)]
+            whole = [name for name in names if "F" not in weights.get_slice(name).get_dtype()]
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}; choose another checkpoint") from None
+    if whole:
+        raise ValueError(f"{file}: {whole[0]} holds whole numbers; give weights of a float type")
 
 
 class LocalSeries:
@@ -127,4 +139,11 @@ class LocalSeries:
 
     def load(self, step: int, device="cpu", dtype=torch.float32, **options):
         """The model at `step`, ready to be measured; `options` go to from_pretrained."""
-        return load_whole(self._folders[step], device, dtype, **options)
+        model = load_whole(self._folders[step], device, dtype, **options)
+        heads = self.identity.get("heads", model.config.num_attention_heads)
+        if heads != model.config.num_attention_heads:  # weights of either have the same sizes
+            raise ValueError(
+                f"{self._folders[step]}: its config says {model.config.num_attention_heads} heads, "
+                f"and it was trained with {heads}; restore its config.json"
+            )
+        return model
