@@ -123,18 +123,16 @@ def page_of(path: Path, names: dict):
 
 
 def exercise_list(pages: dict) -> str:
-    """A table of all exercises: notebook, title, difficulty."""
+    """A table of all exercises: notebook, title, difficulty, minutes."""
+    title = re.compile(r"^### Exercise \d+ · (.+) \((\w+), (\d+) minutes\)$", re.MULTILINE)
     rows = [
-        (f"[{name.split('_')[0]}]({name}.ipynb)", title, level)
+        (f"[{name.split('_')[0]}]({name}.ipynb)", *found)
         for name, notebook in pages.items()
         for cell in notebook.cells
-        for title, level in re.findall(
-            r"^### Exercise \d+ · (.+) \((\w+)\)$", cell.source, re.MULTILINE
-        )
+        for found in title.findall(cell.source)
     ]
-    return pd.DataFrame(rows, columns=["notebook", "exercise", "difficulty"]).to_markdown(
-        index=False
-    )
+    columns = ["notebook", "exercise", "difficulty", "minutes"]
+    return pd.DataFrame(rows, columns=columns).to_markdown(index=False)
 
 
 def minutes_of(folder: Path) -> str:

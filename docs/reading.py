@@ -19,6 +19,7 @@ from latentree.run.record import write_entry
 
 READING = Path("outputs/reading")
 MOST = 3  # claims that a row of the scorecard shows; its verdict is that of all
+WHOSE = {"paper": "Claims of the paper", "control": "Controls", "ours": "Our own claims"}
 BEGIN, END = "<!-- scorecard: written by make report -->", "<!-- end of scorecard -->"
 
 
@@ -79,7 +80,7 @@ def _tags(cell) -> list[str]:
 
 
 def as_markdown(run: Path) -> str:
-    """Verdicts by notebook, with the minutes and the memory that it took, then every claim."""
+    """Verdicts by notebook, with the minutes and the memory that it took; every claim by whose."""
     record, claims = _record(run), claims_of(run).reset_index()
     claims["notebook"] = claims["file"].map({name[:2]: name for name in record})
     took = pd.DataFrame(record).T[["wall_seconds", "peak_memory_gb"]].astype(float)
@@ -90,9 +91,12 @@ def as_markdown(run: Path) -> str:
     counts["minutes"] = minutes.round(1)
     counts["peak memory (GB)"] = took["peak_memory_gb"].round(1)
     device = next(iter(record.values()))["device"]
-    shown = _narrow(_shown(claims).to_markdown(index=False, disable_numparse=True))  # "01"
     machine = ", ".join([device["cpu"], *device["gpus"]])
-    return "\n\n".join([f"Run on {machine}; with 95 % intervals.", counts.to_markdown(), shown])
+    parts = [f"Run on {machine}; with 95 % intervals.", counts.to_markdown()]
+    for whose, heading in WHOSE.items():
+        shown = _shown(claims[claims["whose"] == whose])
+        parts += [f"## {heading}", _narrow(shown.to_markdown(index=False, disable_numparse=True))]
+    return "\n\n".join(parts)
 
 
 def answers(labs: Path) -> str:
@@ -205,9 +209,7 @@ def _shown(claims: pd.DataFrame) -> pd.DataFrame:
         claim=claims["id"],
         notebook=claims["file"],
     )
-    columns = (
-        "notebook claim whose source definition statement corpus paper value null region seeds"
-    )
+    columns = "notebook claim source definition statement corpus paper value null region seeds"
     table = table.reindex(columns=[*columns.split(), "verdict"]).astype(object).fillna("")
     return table.replace({r"\|": r"\\|"}, regex=True)  # inside a table's cell
 

@@ -20,7 +20,10 @@ def test_exercises_are_whole_and_of_every_difficulty():
     for path in NOTEBOOKS:
         notebook = nbformat.read(path, 4)
         tasks = [c.source for c in tagged(notebook, "exercise") if "### Exercise" in c.source]
-        titles = [re.search(r"^### (Exercise \d+) · .+ \((\w+)\)$", task, re.M) for task in tasks]
+        titles = [
+            re.search(r"^### (Exercise \d+) · .+ \((\w+), \d+ minutes\)$", task, re.M)
+            for task in tasks
+        ]
         levels = {"easy", "medium", "hard"}
         assert {title[2] for title in titles} <= levels and len(titles) >= 2
         assert "labs" in path.parts or {title[2] for title in titles} == levels
@@ -39,6 +42,7 @@ def test_no_solution_leaks():
         text = "\n".join(cell.source for cell in copy.cells)
         assert BEGIN not in text and END not in text
         assert not any(cell.get("outputs") for cell in copy.cells)
+        assert all("raises-exception" in cell.metadata.tags for cell in tagged(copy, "check"))
         for solution in tagged(notebook, "solution"):
             parts = re.findall(f"{BEGIN}(.*?){END}", solution.source, re.DOTALL)
             lines = [line.strip() for part in parts for line in part.splitlines()]

@@ -46,13 +46,16 @@ def check(exercise: str, got, expected, tolerance: float = 1e-6, mend: str = "")
 
 
 def student_copy(notebook):
-    """A notebook with stubs for solutions and without outputs.
+    """A notebook with stubs for solutions and without outputs; no check stops a run of all cells.
 
     Raises ValueError for a solution without BEGIN and END.
     """
     copy = nbformat.from_dict(notebook)
     for cell in copy.cells:
-        if "solution" in cell.metadata.get("tags", []):
+        tags = cell.metadata.get("tags", [])
+        if "check" in tags:
+            cell.metadata["tags"] = [*tags, "raises-exception"]
+        if "solution" in tags:
             marked = rf"^([ \t]*){BEGIN}.*?{END}"
             cell.source, found = re.subn(marked, rf"\1{STUB}", cell.source, flags=re.M | re.S)
             if not found:
