@@ -197,6 +197,14 @@ def test_of_revisions_that_share_weights_none_is_kept(hub, cache):
         HubSeries(MODEL, only, cache=cache)
 
 
+def test_one_that_shares_weights_with_a_neighbour_that_was_not_chosen_is_not_kept(hub, cache):
+    hub.files[NAMES[1000]][WEIGHTS] = hub.files[NAMES[0]][WEIGHTS]
+    ends = {step: NAMES[step] for step in (0, 3000)}
+    assert HubSeries(MODEL, ends, cache=cache).steps == [0, 3000]  # nobody told of step 1000
+    with pytest.warns(UserWarning, match="step0 share weights, and are left out"):
+        assert HubSeries(MODEL, ends, cache=cache, among=NAMES).steps == [3000]
+
+
 def test_one_shared_shard_of_several_is_enough(hub, cache):
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     for number, files in enumerate((hub.files[NAMES[0]], hub.files[NAMES[1000]])):

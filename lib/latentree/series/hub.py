@@ -150,6 +150,12 @@ def gaps(steps) -> str:
     return "; ".join(notes)
 
 
+def _beside(listed: list[int], chosen) -> list[int]:
+    """The steps listed just before or after a chosen one that are not chosen themselves."""
+    places = {listed.index(step) + by for step in chosen for by in (-1, 1)}
+    return [step for at, step in enumerate(listed) if at in places and step not in chosen]
+
+
 @dataclass(frozen=True)
 class _Revision:
     """A revision, its commit, and {file: (bytes, hash)} of its model's files."""
@@ -173,8 +179,9 @@ class HubSeries:
     """Revisions {step: name} of a repository as a series, like `checkpoints.LocalSeries`.
 
     Where revisions share a file of weights, one label at least is wrong and nobody can say which:
-    none of them is kept, with a warning. Nor is one that has those of the branch main, which are
-    the end of training, unless it is the last. Before any download ValueError if none is left, if
+    none of them is kept, with a warning. Nor is one that has those of a revision listed just before
+    or after it (`among`, all that there are, by step), or of the branch main, which are the end of
+    training, unless it is the last. Before any download ValueError if none is left, if
     it comes to more than `download_limit_gb` (1e9 bytes), or the disk has no room for it.
     `identity` has the commits. `cache` is huggingface_hub's own unless given.
 
@@ -183,14 +190,19 @@ class HubSeries:
     removed.
     """
 
-    def __init__(self, repository, revisions, free=False, download_limit_gb=None, cache=None):
+    def __init__(
+        self, repository, revisions, free=False, download_limit_gb=None, cache=None, among=None
+    ):
         self.repository = repository
         self._cache = Path(cache or constants.HF_HUB_CACHE)
         self._free = free and not constants.HF_HUB_OFFLINE
         self._loaded = None
         self._found = {step: self._look_up(name) for step, name in sorted(revisions.items())}
-        shared = Counter(file for found in self._found.values() for file in found.weights)
-        last, final = max(self._found), self._final_weights()
+        beside = _beside(sorted(among or revisions), revisions)
+        weights = [self._weights(among[step]) for step in beside]
+        weights += [found.weights for found in self._found.values()]
+        shared = Counter(file for files in weights for file in files)
+        last, final = max(self._found), self._weights("main")
         contested = {
             step: found.name
             for step, found in self._found.items()
@@ -227,10 +239,10 @@ class HubSeries:
             raise ValueError(f"{self.repository}, revision {name}: has no weights; choose another")
         return _Revision(name, commit, {file: files[file] for file in wanted})
 
-    def _final_weights(self) -> set[str]:
-        """The hashes of the weights of the branch main; none where it cannot be seen."""
+    def _weights(self, name) -> set[str]:
+        """The hashes of a revision's weights; none where they cannot be seen."""
         try:
-            return self._look_up("main").weights
+            return self._look_up(name).weights
         except ValueError:
             return set()
 
