@@ -87,7 +87,7 @@ def described(figure):
         return ", ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text.strip()))
 
     told = {
-        "": all_of(ax.get_title() for ax in panels),
+        "": all_of([figure.get_suptitle(), *(ax.get_title() for ax in panels)]),
         "horizontally": all_of([*(ax.get_xlabel() for ax in panels), figure.get_supxlabel()]),
         "vertically": all_of([*(ax.get_ylabel() for ax in panels), figure.get_supylabel()]),
         "legend": all_of(text for ax in panels for text in ax.get_legend_handles_labels()[1]),
