@@ -20,7 +20,7 @@ PROMISED = {
     "03": {"lookup-present", "lookup-on-flat", "lookup-on-n-gram", "lookup-treeless"}
     | {"lookup-over-decoys", "lookup-key-path", "lookup-head-matters", "role-bag-present"},
     "04": {"fv-copy", "fv-bias", "fv-banked-fresh", "fv-beyond-bias", "fv-not-on-flat"},
-    "05": {"amplification", "repair-at-onset", "repair-positive-control"},
+    "05": {"repair-positive-control", "no-repair-on-treeless"},
     "06": {"shallow-before-deep", "tree-beyond-last-roles", "filter-stops"},
     "07": {"series-lookup"},
     "08": {"function", "look-up", "window", "similarity", "positive-controls"},
