@@ -49,9 +49,9 @@ def smoke(tmp_path_factory):
     """The folder of all notebooks, executed at smoke scale."""
     out, sources = tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("notebooks")
     copies = [with_stubs(path, sources) for path in NOTEBOOKS]
-    execute_all(copies, lambda path: f"params/smoke/{path.stem}.yaml", out)
+    execute_all(copies, Path("params/smoke"), out)
     labs = [with_stubs(path, sources) for path in LABS]
-    execute_all(labs, lambda path: f"params/smoke/labs/{path.stem}.yaml", out / "labs")
+    execute_all(labs, Path("params/smoke/labs"), out / "labs")
     return out
 
 

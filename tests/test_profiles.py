@@ -34,20 +34,19 @@ def parameters(profile, name):
 
 
 def test_the_papers_profile_runs_through_the_notebooks(tmp_path):
-    def tiny(path):
-        """The paper's parameters, with the sizes of the smoke profile and of SAME."""
-        paper, smoke = parameters("paper", path.stem), parameters("smoke", path.stem)
+    """The paper's parameters, with the sizes of the smoke profile and of SAME."""
+    params = tmp_path / "params"
+    params.mkdir()
+    for name in (path.stem for path in NOTEBOOKS):
+        paper, smoke = parameters("paper", name), parameters("smoke", name)
         sizes = {n: v for n, v in smoke.items() if n in paper and isinstance(v, int)}
-        values = paper | sizes | {name: value for name, value in SAME.items() if name in paper}
+        values = paper | sizes | {n: value for n, value in SAME.items() if n in paper}
         if "trees" in paper:
             values["tree_tokens"] = [8192] * len(paper["trees"])
-        if path.stem[:2] in ("03", "04", "05", "06"):
-            values["recipe"] = str(tmp_path / "02_training.yaml")
-        file = tmp_path / f"{path.stem}.yaml"
-        file.write_text(yaml.safe_dump(values))
-        return file
-
-    execute_all(NOTEBOOKS, tiny, tmp_path / "out")
+        if name[:2] in ("03", "04", "05", "06"):
+            values["recipe"] = str(params / "02_training.yaml")
+        (params / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    execute_all(NOTEBOOKS, params, tmp_path / "out")
     for path in NOTEBOOKS:
         results = json.loads((tmp_path / f"out/results/{path.stem[:2]}.json").read_text())
         assert results["profile"] == "paper" and results["claims"]

@@ -70,16 +70,22 @@ def run(root: Path, name: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=120)
 
 
-def execute_all(notebooks: list[Path], params, out: Path) -> None:
-    """Execute this project's notebooks as `make run` does: 02 first, then two at a time, 07 last.
+def execute_all(notebooks: list[Path], params: Path, out: Path) -> None:
+    """Execute this project's notebooks with the parameters in the folder `params`, as `make run`.
 
-    `params` gives the parameter file of a notebook.
+    First all trainings in one pool; then 02; then the others two at a time, 07 last.
     """
 
-    def execute(path):
-        line = [sys.executable, "-m", "latentree.run", path, "--params", params(path), "--out", out]
+    def do(module, *more):
+        line = [sys.executable, "-m", module, *more, "--out", out]
         ran = subprocess.run(line, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
+
+    def execute(path):
+        do("latentree.run", path, "--params", params / f"{path.stem}.yaml")
+
+    if params.name != "labs":  # which train by themselves
+        do("latentree.run.trainings", "--params", params)
 
     order = {"02": 0, "07": 2}  # 07 shows what 03 to 05 have written
     for turn in (0, 1, 2):
