@@ -310,9 +310,10 @@ def test_a_damaged_record_is_told_before_a_kernel_starts_and_nothing_is_lost(fin
     assert left == dict.fromkeys([f"{NAME}.ipynb", "results/01.json", "figures/01_a.png"], "{}")
 
 
-def test_a_run_without_standard_output_and_error(finished):
+@pytest.mark.parametrize("closed", [">&- 2>&-", ">&-", "2>&-"])
+def test_a_run_without_standard_output_and_error(finished, closed):
     root = finished("print('said')")
-    line = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command(NAME)]
+    line = ["sh", "-c", f'exec "$@" {closed}', "sh", *command(NAME)]
     assert subprocess.run(line, cwd=root, timeout=120).returncode == 0
     assert json.loads((root / "out/results/01.json").read_text()) == {"claims": []}
 
@@ -399,11 +400,13 @@ def test_a_terminal_that_cannot_print_a_sign_does_not_end_a_run(tmp_path, monkey
     assert f"{NAME}: loss ? ?" in ran.stdout
 
 
-def test_that_a_shell_makes_errors_of_warnings_does_not_end_a_run(tmp_path, monkeypatch):
+def test_what_a_shell_says_of_warnings_and_of_bars_does_not_end_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONWARNINGS", "error")
+    monkeypatch.setenv("TQDM_MININTERVAL", "often")
     warns = ["import warnings", "warnings.warn('of a library')", "import seaborn"]
     ran = run(write_project(tmp_path, **{NAME: warns}), NAME)
-    assert ran.returncode == 0 and "PYTHONWARNINGS in the environment is ignored" in ran.stderr
+    assert ran.returncode == 0, ran.stderr
+    assert "ignored in the environment: " in ran.stderr
 
 
 def test_the_folder_of_a_profile(capsys):

@@ -126,6 +126,16 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
     return ""
 
 
+def _open_what_is_closed() -> None:
+    """Give a kernel, which inherits them, a standard output and error if there are none."""
+    for number in (1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+
+
 def _stop(number, frame):
     """As SystemExit a signal lets papermill stop its kernel and save the notebook."""
     raise SystemExit(f"stopped by {signal.Signals(number).name}")
@@ -219,6 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.notebook and given.params and given.out):
         parser.error("NOTEBOOK, --params and --out are all needed")
     logging.disable()  # one line of our own says what happened
+    _open_what_is_closed()
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that lacks a sign must not end a run
@@ -230,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TimeoutError as error:  # another run holds the folder
         status, problem = 2, str(error)
     except (ValueError, FileNotFoundError) as error:
-        status, problem = 2, f"{given.params}: {error}"
+        status, problem = 2, f"{given.params}: {str(error).removeprefix(f'{given.params}: ')}"
     except (RuntimeError, OSError) as error:
         status, problem = 1, str(error)
     print("error:", " ".join(problem.split()), file=sys.stderr)
