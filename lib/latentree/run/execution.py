@@ -29,6 +29,7 @@ from pathlib import Path
 import papermill
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
+from zmq import ZMQError
 
 from latentree.data.files import locked, read_yaml
 from latentree.run import record
@@ -118,7 +119,7 @@ def _execute(notebook: Path, executed: Path, values: dict) -> str:
         )
     except PapermillExecutionError:
         pass  # the cell holds its error
-    except (RuntimeError, SystemExit) as error:  # the kernel died, or this process was stopped
+    except (RuntimeError, SystemExit, ZMQError) as error:  # the kernel died, or this was stopped
         return str(error)
     finally:
         os.dup2(errors, 2)
