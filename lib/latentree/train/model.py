@@ -1,12 +1,15 @@
 """Causal language models of transformers, built from a few numbers and a seed."""
 
 import warnings
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from latentree.inside.names import NAMES
+
+_SEEDING = Lock()  # torch has one random state for all threads
 
 
 def build_model(
@@ -52,7 +55,7 @@ def build_model(
     if hasattr(AutoConfig.for_model(architecture), "num_key_value_heads"):
         settings["num_key_value_heads"] = heads
     settings |= names.config | config
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with _SEEDING, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
