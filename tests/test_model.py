@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from latentree.inside.names import NAMES
@@ -51,3 +53,14 @@ def test_losses_are_those_of_transformers():
 def test_sizes_that_transformers_would_round_are_refused():
     with pytest.raises(ValueError, match="width = 18: give a multiple of heads = 4"):
         build_model("olmo", **SIZES | {"width": 18, "heads": 4})
+
+
+def test_models_built_in_threads_at_one_moment_are_those_built_alone():
+    def weights(seed):
+        return build_model("llama", **SIZES, seed=seed).state_dict()
+
+    seeds = [0, 1] * 12
+    alone = {seed: weights(seed) for seed in (0, 1)}
+    with ThreadPoolExecutor(4) as pool:
+        for seed, built in zip(seeds, pool.map(weights, seeds)):
+            assert all(torch.equal(built[name], alone[seed][name]) for name in built)
