@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from latentree.data.corpus import Corpus, Documents
-from latentree.series.checkpoints import CARD, LocalSeries
+from latentree.series.checkpoints import CARD, IDENTITY, LocalSeries
 from latentree.train import training
 from latentree.train.model import build_model
 from latentree.train.optimizers import BatchedMuon, build_optimizers, hidden_matrices, rate_share
@@ -280,6 +281,17 @@ def test_the_folder_of_another_training_is_refused(finished):
     assert contents(finished) == before
 
 
+def test_a_training_from_before_a_setting_existed_had_its_default(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    identity = tmp_path / "run" / IDENTITY
+    before = json.loads(identity.read_text())
+    del before["resampled_from"]
+    identity.write_text(json.dumps(before))
+    assert small(tmp_path / "run").equals(small(finished))
+    with pytest.raises(ValueError, match="holds a training with other resampled_from"):
+        small(tmp_path / "run", resampled_from="zero")
+
+
 @pytest.mark.parametrize("name, value", [("optimizer", "sgd"), ("tokens", 3.0e6), ("layer", 2)])
 def test_settings_that_cannot_be_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
@@ -326,6 +338,26 @@ def test_queries_and_keys_have_a_rate_of_their_own():
     for layer in model.model.layers:
         for name, part in layer.self_attn.named_children():
             assert rate_of[id(part.weight)] == (0.04 if name in ("q_proj", "k_proj") else 0.01)
+
+
+@pytest.mark.parametrize("instead", ["another sequence", "zero"])
+def test_resampled_attention_is_missing_at_its_share_of_places_in_training_only(instead):
+    settings = {"resampled_attention": 0.5, "resampled_from": instead}
+    model = build_model("llama", 11, 2, 16, 2, 16)
+    written, module = [], model.model.layers[1].self_attn.o_proj
+    module.register_forward_hook(lambda module, inputs, output: written.append(output))
+    training._resample_attention(model, TrainingConfig(**settings))
+    module.register_forward_hook(lambda module, inputs, output: written.append(output))
+    read = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        module.train()(read)
+        module.eval()(read)
+    own, found, again, quiet = written
+    other = own.roll(1, 0) if instead == "another sequence" else torch.zeros_like(own)
+    missing = (found == other).all(-1)
+    assert 0.3 < missing.float().mean() < 0.7
+    assert torch.equal(found[~missing], own[~missing])
+    assert torch.equal(again, quiet)
 
 
 def test_resampled_attention_changes_the_training_and_resumes_exactly(

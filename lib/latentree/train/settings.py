@@ -33,8 +33,9 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     warmup: float = Field(0.03, ge=0, lt=1)  # fraction of the steps
     decay: float = Field(0.6, ge=0, le=1)  # fraction of the steps, at the end
     gradient_clip: PositiveFloat = 1.0  # largest norm of the gradient
-    # share of the places where an attention's output is another sequence's, in training only
+    # share of the places where an attention's output is missing in training, and what stands there
     resampled_attention: float = Field(0.0, ge=0, lt=1)
+    resampled_from: Literal["another sequence", "zero"] = "another sequence"
     checkpoints_even: NonNegativeInt = 10
     checkpoints_log: NonNegativeInt = 10
     seed: int = Field(0, ge=0, lt=2**63)  # of the initial weights

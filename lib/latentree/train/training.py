@@ -28,7 +28,7 @@ from latentree.series.checkpoints import (
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
 from latentree.train.processes import Bar, accelerator_of, trackers_of
-from latentree.train.settings import TOLD_ONLY
+from latentree.train.settings import TOLD_ONLY, TrainingConfig
 
 STATE = "state.pt"  # where an interrupted training goes on
 _LOG_ROWS = 500  # rows of losses.csv, about
@@ -75,7 +75,9 @@ def check_run(config, corpus, held_out, folder) -> dict:
     }
     identity |= {"corpus_seed": corpus.seed} if corpus.seed else {}  # 0 is not said
     identity |= config.model_dump(exclude=TOLD_ONLY)
-    there = read_identity(folder) if (folder / IDENTITY).exists() else identity
+    there = identity
+    if (folder / IDENTITY).exists():  # of a setting that came later, a run has the default
+        there = TrainingConfig().model_dump(exclude=TOLD_ONLY) | read_identity(folder)
     different = [name for name in identity | there if there.get(name) != identity.get(name)]
     if different:
         raise ValueError(
@@ -184,7 +186,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
 
 
 def _resample_attention(model, config) -> torch.Generator:
-    """Let attentions give another sequence's output at some places, while the model is trained.
+    """Let attentions give another sequence's output, or 0, at some places of the training.
 
     Later parts then learn to do without. Returns what draws the places.
     """
@@ -193,7 +195,8 @@ def _resample_attention(model, config) -> torch.Generator:
     def resample(module, inputs, output):
         if module.training:
             chosen = torch.rand(output.shape[:2], generator=noise) < config.resampled_attention
-            return torch.where(chosen.to(output.device)[..., None], output.roll(1, 0), output)
+            instead = output.roll(1, 0) * (config.resampled_from == "another sequence")
+            return torch.where(chosen.to(output.device)[..., None], instead, output)
 
     if config.resampled_attention:
         inside = Internals(model)
