@@ -37,6 +37,11 @@ CITED = {  # how the notebooks name a work (the year in brackets or not): its ke
 EVERYDAY = set(
     "choice claim cue filter habits interval maps margin place sequence transfer".split()
 )
+LINKS = {  # from files as they lie in the project to pages of the book
+    rf"\]\((?:\.\./)?{READING.as_posix()}/((?:labs/)?\w+\.ipynb)": r"](\1",
+    rf"\]\((?:\.\./)?{READING.as_posix()}/claims\.md": "](results.md",
+    r"\(docs/(\w+\.md)\)": r"(\1)",
+}
 RUN = """:::{{admonition}} Run this yourself
 :class: tip
 In a clone of the repository, `make run` executes all notebooks, and `make exercises` writes a copy
@@ -149,13 +154,6 @@ def main() -> int:
         DOCS, source, ignore=shutil.ignore_patterns("build.py", "reading.py", "__pycache__")
     )
     readme = Path("README.md").read_text(encoding="utf-8")
-    links = {
-        rf"{READING.as_posix()}/(\w+\.ipynb)": r"\1",
-        rf"{READING.as_posix()}/claims\.md": "results.md",
-        r"\(docs/(\w+\.md)\)": r"(\1)",
-    }
-    for link, page in links.items():
-        readme = re.sub(link, page, readme)
     Path(source, "README.md").write_text(readme, encoding="utf-8")
     shutil.copytree(folder / "figures", source / folder / "figures")
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
@@ -177,14 +175,12 @@ def main() -> int:
         "ANSWERS": answers(folder / "labs"),
         "OF_LABS": as_markdown(folder / "labs"),
     }
+    room = re.compile(rf"^(?:\*A table in the book: )?({'|'.join(filled)})(?:\.\*)?$", re.MULTILINE)
     for page in source.rglob("*.md"):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(
-            re.sub(
-                rf"^({'|'.join(filled)})$", lambda match: filled[match[0]], text, flags=re.MULTILINE
-            ),
-            encoding="utf-8",
-        )
+        text = room.sub(lambda match: filled[match[1]], page.read_text(encoding="utf-8"))
+        for link, target in LINKS.items():
+            text = re.sub(link, target, text)
+        page.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     return subprocess.run([*command, source, BOOK / "html"]).returncode
 

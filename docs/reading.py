@@ -110,6 +110,8 @@ def answers(labs: Path) -> str:
         claim = claims.loc[key]
         measured = _in_short(" ".join(key), claims).removeprefix("hierarchy-matters: ")
         word = {"as predicted": "yes", "contradicted": "no"}.get(claim.verdict, claim.verdict)
+        if claim.above == claim.above and claim.high < claim.null:
+            word = "yes, the other way"
         link = f"[{title}](labs/{name}.ipynb)"
         rows.append([link, claim.statement, measured, f"**{word}**"])
     columns = ["lab", "our question there", "measured, with 95 %", "does hierarchy matter?"]
@@ -165,13 +167,15 @@ def in_words(papers, where: str = "", against: str = "", explained: str = "") ->
         return "contradicted in part" if any(held) else "contradicted"
     if not tested:
         return "not run"
+    part = "" if len(tested) == len(papers) else ", as far as tested"
     if all(held):
         less = ", but something simpler does as well" if explained == "as predicted" else ""
-        part = "" if len(tested) == len(papers) else ", as far as tested"
         return f"holds {where}".strip() + less + part
     if any(held):
         return f"holds in part {where}".strip()
-    return "not found" if set(tested) <= {"absent", "contradicted"} else "undecided"
+    if set(tested) <= {"absent", "contradicted"}:
+        return f"not found {where}".strip() + part
+    return "undecided"
 
 
 def _narrow(table: str) -> str:
@@ -202,7 +206,7 @@ def _shown(claims: pd.DataFrame) -> pd.DataFrame:
     above = ("> " + texts["above"]).where(texts["above"] != "", "")
     below = ("< " + texts["below"]).where(texts["below"] != "", "")
     table = claims.assign(
-        value=interval.where(texts["value"] != "", ""),
+        value=interval.where(texts["value"] != "", claims.get("reason", "")),
         null=texts["null"],
         region=(above + " " + below).str.strip(),
         seeds=claims["seeds"].map(len),
