@@ -118,7 +118,7 @@ def page_of(path: Path, names: dict):
         for output in cell.get("outputs", []):
             if "image/webp" in output.get("data", {}):
                 film = output.data.pop("image/webp").replace("\n", "")
-                alt = f"{section}, along training"
+                alt = f"{section}: a moving picture"
                 output.data["text/html"] = f'<img alt="{alt}" src="data:image/webp;base64,{film}">'
     with_terms(notebook.cells)
     title, rest = notebook.cells[0].source.split("\n", 1)
