@@ -109,13 +109,17 @@ def answers(labs: Path) -> str:
         key = name[:2], "hierarchy-matters"
         claim = claims.loc[key]
         measured = _in_short(" ".join(key), claims).removeprefix("hierarchy-matters: ")
-        word = {"as predicted": "yes", "contradicted": "no"}.get(claim.verdict, claim.verdict)
-        if claim.above == claim.above and claim.high < claim.null:
-            word = "yes, the other way"
         link = f"[{title}](labs/{name}.ipynb)"
-        rows.append([link, claim.statement, measured, f"**{word}**"])
+        rows.append([link, claim.statement, measured, f"**{matters(claim)}**"])
     columns = ["lab", "our question there", "measured, with 95 %", "does hierarchy matter?"]
     return _narrow(pd.DataFrame(rows, columns=columns).to_markdown(index=False))
+
+
+def matters(claim) -> str:
+    """What a claim that hierarchy adds something says: yes, no, or that it takes away."""
+    if claim["above"] == claim["above"] and claim["high"] < claim["null"]:  # not NaN
+        return "yes, the other way"
+    return {"as predicted": "yes", "contradicted": "no"}.get(claim["verdict"], claim["verdict"])
 
 
 def scorecard(run: Path) -> str:

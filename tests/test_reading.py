@@ -1,6 +1,7 @@
 """The reading copy is of the notebooks as they are, and the README shows its claims."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,17 @@ import pytest
 from latentree.data.files import read_yaml
 from latentree.evidence.compare import claims_of
 from latentree.run.parameters import check, declared
-from reading import BEGIN, END, READING, answers, as_markdown, copy, in_words, scorecard
+from reading import (
+    BEGIN,
+    END,
+    READING,
+    answers,
+    as_markdown,
+    copy,
+    in_words,
+    matters,
+    scorecard,
+)
 
 NOTEBOOKS = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
 LABS = sorted(Path("notebooks/labs").glob("[0-9][0-9]_*.ipynb"))
@@ -65,6 +76,21 @@ def test_each_lab_answers_our_question_with_at_most_four_claims():
     assert claims.groupby("file").id.apply(lambda ids: "hierarchy-matters" in set(ids)).all()
     assert len(LABS) == claims.file.nunique() and claims.groupby("file").size().max() <= 4
     assert answers(READING / "labs").count("(labs/") == len(LABS)
+
+
+@pytest.mark.parametrize(
+    ("high", "above", "verdict", "word"),
+    [
+        (0.9, 0.1, "as predicted", "yes"),
+        (0.05, 0.1, "contradicted", "no"),
+        (-0.2, 0.1, "contradicted", "yes, the other way"),
+        (-0.2, math.nan, "as predicted", "yes"),  # a region below
+        (math.nan, 0.1, "not tested", "not tested"),
+    ],
+)
+def test_an_answer_tells_nothing_from_the_opposite(high, above, verdict, word):
+    claim = {"high": high, "above": above, "null": 0.0, "verdict": verdict}
+    assert matters(claim) == word
 
 
 def test_it_shows_what_the_project_promises():
