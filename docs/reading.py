@@ -18,6 +18,7 @@ from latentree.evidence.compare import claims_of
 from latentree.run.record import write_entry
 
 READING = Path("outputs/reading")
+STYLE = re.compile(r"<style scoped>.*?</style>\s*", re.DOTALL)
 MOST = 3  # claims that a row of the scorecard shows; its verdict is that of all
 WHOSE = {"paper": "Claims of the paper", "control": "Controls", "ours": "Our own claims"}
 BEGIN, END = "<!-- scorecard: written by make report -->", "<!-- end of scorecard -->"
@@ -56,7 +57,8 @@ def copy(run: Path, reading: Path, number: str = "") -> None:
 def _take_prose(source: Path, executed: Path) -> None:
     """Give an executed notebook the prose of its source: it may change without a new run.
 
-    When each cell was executed is left out, which is a sixth of the file.
+    When each cell was executed is left out, which is a sixth of the file, and how pandas would
+    have each table set.
     """
     if not source.exists():
         return
@@ -70,6 +72,9 @@ def _take_prose(source: Path, executed: Path) -> None:
             cells.append(cell if cell["cell_type"] == "markdown" else ran[cell["id"]])
             cells += injected if "parameters" in _tags(cell) else []
     for cell in cells:
+        for output in cell.get("outputs", []):
+            if "text/html" in output.get("data", {}):
+                output["data"]["text/html"] = STYLE.sub("", "".join(output["data"]["text/html"]))
         cell["metadata"] = {key: cell["metadata"][key] for key in cell["metadata"] if key == "tags"}
     text = json.dumps(notebook | {"cells": cells}, indent=1, ensure_ascii=False) + "\n"
     executed.write_text(text, encoding="utf-8")
