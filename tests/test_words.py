@@ -1,5 +1,6 @@
 """Words: all different, and a tokenizer that gives the tokens back."""
 
+import pytest
 import torch
 from grammars import make
 from latentree.data.corpus import load_corpus
@@ -30,6 +31,10 @@ def test_auto_tokenizer_reads_a_checkpoints_documents(tmp_path):
     text = reads.decode(tokens)
     assert text == " ".join(corpus.words[token] for token in tokens)
     assert reads(text)["input_ids"] == tokens and reads.eos_token_id == corpus.end
+    unknown = reads("zebra", return_tensors="pt")["input_ids"]
+    assert unknown.tolist() == [[len(corpus.words)]]
+    with pytest.raises(IndexError):
+        model(unknown)
     series = LocalSeries(tmp_path)  # with a tokenizer or without one
     first, last = (series.load(step).state_dict() for step in series.steps)
     assert all(torch.equal(first[name], last[name]) for name in first)

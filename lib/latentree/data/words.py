@@ -7,6 +7,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+UNKNOWN = "[UNK]"
+
 
 def words_of(sizes: dict) -> list[str]:
     """A word for each token of roles {name: size}, all different.
@@ -28,8 +30,13 @@ def words_of(sizes: dict) -> list[str]:
 
 
 def tokenizer(words: list[str], end: int | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of text whose words stand between spaces; token i is `words[i]`."""
-    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}))
+    """The tokenizer of text whose words stand between spaces; token i is `words[i]`.
+
+    Any other word is the token after the last, which a model refuses: other tools try a tokenizer
+    on words of their own before they load a model.
+    """
+    numbers = {word: number for number, word in enumerate([*words, UNKNOWN])}
+    backend = Tokenizer(WordLevel(numbers, unk_token=UNKNOWN))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token=None if end is None else words[end]
