@@ -56,7 +56,7 @@ CHANGES = {
     "windows of 192 tokens": {"context": 192, "batch_sequences": 11},
     "the settings before": BEFORE,
 }
-LONG = {"tokens": 3_000_000}
+LONG, LONGER = {"tokens": 3_000_000}, {"tokens": 6_000_000}
 # For a corpus on which the recipe gets less than half of the reader's gain, searched again.
 LARGER_STEPS = {"batch_sequences": 32, "muon_learning_rate": 0.01, "query_key_rate": 0.02}
 ELSEWHERE = [
@@ -67,6 +67,8 @@ ELSEWHERE = [
     *[("released-small", 0, seed, LONG) for seed in (0, 1, 2)],
     *[("released-small", 0, seed, LONG | LARGER_STEPS) for seed in (0, 1, 2)],
     *[("released-small", 0, seed, LONG | {"mlp_width": 0}) for seed in (0, 1, 2)],
+    *[("released-small", 0, seed, LONGER) for seed in (0, 1, 2)],
+    *[("released-small", 0, seed, LONGER | LARGER_STEPS) for seed in (0, 1, 2)],
 ]
 
 
