@@ -86,4 +86,6 @@ def tests() -> int:
 if __name__ == "__main__":
     print(rooms().to_markdown(index=False), "", sep="\n")
     print(notebooks().to_markdown(index=False), "", sep="\n")
-    print(tests(), "tests,", sum(lines(f.read_text()) for f in Path("tests").glob("*.py")), "lines")
+    texts = [file.read_text() for file in Path("tests").glob("*.py")]
+    functions = sum(len(re.findall(r"^ *def test_", text, re.MULTILINE)) for text in texts)
+    print(f"{tests()} tests by {functions} functions, {sum(map(lines, texts))} lines")
