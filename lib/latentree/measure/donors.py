@@ -6,12 +6,13 @@ at a position of the same syntactic state: what the document says is lost, and t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from latentree.data.corpus import held_out
+from latentree.measure.stimuli import bound_queries
 
 
 def stimulus(
@@ -42,6 +43,26 @@ def stimulus(
     if same_word:
         state = state * corpus.vocabulary_size + tokens
     return Stimulus(tokens, at, target, state, seed, peers).of(allowed.any(1))
+
+
+def at_answers(corpus, sequences, context, seed=0, grammar=None) -> Stimulus:
+    """A stimulus (see there) scored before words that a document's latents decide.
+
+    These are words that another one calls for; without binding, words of a role that has several.
+    On text without a tree a logit's `peers` are the words that may follow the scored one.
+    """
+    grammar, where = grammar or corpus.grammar, None
+    if grammar is not None:
+        tokens = held_out(corpus, sequences, context)["tokens"]
+        several = torch.as_tensor(grammar.sizes > 1)[torch.as_tensor(grammar.role_of)[tokens]]
+        where = bound_queries(grammar, tokens)
+        where = several.roll(-1, 1) if where is None else where
+    shown = stimulus(corpus, sequences, context, seed, grammar, where)
+    if corpus.kind != "treeless":
+        return shown
+    before = shown.tokens[torch.arange(len(shown.at)), shown.at]
+    peers = torch.zeros(len(before), corpus.vocabulary_size, dtype=torch.bool)
+    return replace(shown, peers=peers.scatter(1, corpus.choices[before], True))
 
 
 def _syntactic_states(grammar, fields) -> torch.Tensor:
