@@ -8,7 +8,7 @@ has its exact predictors.
 import torch
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents
+from latentree.data.corpus import Corpus, Documents, side_by_side
 
 
 class Codebook(Corpus):
@@ -24,23 +24,16 @@ class Codebook(Corpus):
 
     def __init__(self, codes=8, cues=16, answers=4, segments=32, noise=0.25, seed=0):
         self.cues, self.answers, self.segments, self.noise = cues, answers, segments, noise
-        super().__init__(
-            name=f"codebook-{codes}",
-            kind="codebook",
-            vocabulary_size=cues + answers,
-            end=None,
-            mean_document_length=2 * segments,
-            content=["codebook", codes, cues, answers, segments, noise],
-            seed=seed,
-            label=f"codebook, {codes} codes",
-        )
+        name, label = f"codebook-{codes}", f"codebook, {codes} codes"
+        content = ["codebook", codes, cues, answers, segments, noise]
+        size = cues + answers
+        super().__init__(name, "codebook", size, None, 2 * segments, content, seed, label)
         draw = torch.Generator().manual_seed(seed)
         self.code = torch.randint(answers, (codes, cues), generator=draw)
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Sequences by number; field latent is the number of the code."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        key = counter.subkey(counter.mix(torch.tensor(self.seed, device=device)), ids)
+        key = self._keys(ids, device)
         segment = torch.arange(self.segments, device=device)
         of_segment = counter.subkey(key[:, None], 1 + segment)
 
@@ -51,14 +44,8 @@ class Codebook(Corpus):
         cue, other = drawn(of_segment, 0, self.cues), drawn(of_segment, 1, self.answers)
         noisy = counter.uniform(counter.subkey(of_segment, 2)) < int(self.noise * 2**counter.BITS)
         answer = torch.where(noisy, other, self.code.to(device)[latent, cue])
-        tokens = self.tokens(cue, answer)
-        fields = {
-            "tokens": tokens,
-            "document": torch.arange(len(ids), device=device)[:, None].expand_as(tokens),
-            "position": torch.arange(tokens.shape[1], device=device).expand_as(tokens),
-            "latent": latent.repeat_interleave(2, 1),
-        }
-        return Documents({name: value.flatten() for name, value in fields.items()}, len(ids))
+        latents = latent.repeat_interleave(2, 1)
+        return side_by_side({"tokens": self.tokens(cue, answer), "latent": latents})
 
     def tokens(self, cue, answer) -> torch.Tensor:
         """Tokens (sequence, 2 segments) of cues and answers (sequence, segment)."""

@@ -56,6 +56,15 @@ def position_within(group):
     return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
 
 
+def side_by_side(rows) -> Documents:
+    """Documents from fields (documents, longest), one a row, tokens -1 past its end."""
+    kept = rows["tokens"] >= 0
+    token = {name: field[kept] for name, field in rows.items()}
+    token["document"] = kept.nonzero()[:, 0]
+    token["position"] = position_within(token["document"])
+    return Documents(token, len(kept))
+
+
 class Corpus(ABC):
     """Text of any kind: each document is a pure function of its number, so none is stored.
 
@@ -78,7 +87,7 @@ class Corpus(ABC):
         self.name, self.kind, self.label, self.seed = name, kind, label or name, seed
         self.vocabulary_size, self.end = vocabulary_size, end
         self.mean_document_length = mean_document_length
-        self._content = content
+        self._content, self._key = content, counter.mix(torch.tensor(seed))
 
     @abstractmethod
     def documents(self, ids, device="cpu", detail=True) -> Documents:
@@ -87,7 +96,14 @@ class Corpus(ABC):
         Without `detail` only the fields tokens and document need be filled.
         """
 
-    @property
+    def _keys(self, ids, device):
+        """A key for each document by its number, from which all of it is drawn: (documents,)."""
+        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
+        if len(ids) == 0 or ids.min() < 0:
+            raise ValueError(f"{self.name}: ids {ids.tolist()[:3]}; ask for at least one id >= 0")
+        return counter.subkey(self._key.to(device), ids)
+
+    @cached_property
     def words(self) -> list[str]:
         """A word for each token, to be shown: w0, w1, ..., unless the corpus has better ones."""
         return [f"w{token}" for token in range(self.vocabulary_size)]
@@ -110,7 +126,7 @@ class Corpus(ABC):
         if self.repetitions == 1:
             return place
         block = _BLOCK - _BLOCK % self.repetitions
-        key = counter.mix(torch.tensor(self.seed)) ^ counter.GOLDEN
+        key = self._key ^ counter.GOLDEN
         number = place // block
         shuffled = torch.empty_like(place)
         for n in number.unique().tolist():
@@ -239,11 +255,6 @@ class Stream:
         return begins
 
 
-def _rows(field, row):
-    """A field (tokens,) cut into rows, by the row of each token, in order."""
-    return field.split(torch.bincount(row).tolist())
-
-
 def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
     """Windows of documents from number `first` on: one begins each row, others fill it up.
 
@@ -264,12 +275,13 @@ def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
             )
         documents = corpus.documents(corpus.apart(first, sequences * per_row), device)
         row = documents.token["document"] // per_row
-        shortest = int(torch.bincount(row).min())
+        lengths = torch.bincount(row).tolist()
+        shortest = min(lengths)
     if annotate:
         documents.token.update(annotate(documents))
     found = {}
     for name, value in documents.token.items():
-        found[name] = torch.stack([part[:context] for part in _rows(value, row)])
+        found[name] = torch.stack([part[:context] for part in value.split(lengths)])
     return found
 
 

@@ -9,7 +9,7 @@ from nltk import Tree
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents, strictly
+from latentree.data.corpus import Corpus, Documents, side_by_side, strictly
 
 
 class FilteredTree(Corpus):
@@ -39,16 +39,8 @@ class FilteredTree(Corpus):
     ):
         if not 0 <= filter <= depth:
             raise ValueError(f"filter = {filter}: give a level of the tree, from 0 to {depth}")
-        super().__init__(
-            name=name,
-            kind="filtered tree",
-            vocabulary_size=symbols + 1,
-            end=None,
-            mean_document_length=2**depth + 1,
-            content=[filter, symbols, depth, spread],
-            seed=seed,
-            label=label,
-        )
+        content, length = [filter, symbols, depth, spread], 2**depth + 1
+        super().__init__(name, "filtered tree", symbols + 1, None, length, content, seed, label)
         self.filter, self.symbols, self.depth = filter, symbols, depth
         draw = torch.Generator().manual_seed(seed)
         parent = torch.randperm(symbols**2, generator=draw) % symbols
@@ -70,9 +62,7 @@ class FilteredTree(Corpus):
         Fields document, position, and level0, level1, ...: the symbol of the node of that level
         that each token hangs below, -1 where there is none.
         """
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        count, leaves = len(ids), 2**self.depth
-        key = counter.subkey(counter.mix(torch.tensor(self.seed, device=device)), ids)
+        key = self._keys(ids, device)
         root = (counter.uniform(counter.subkey(key, 0)) * self.symbols) >> counter.BITS
         levels = {0: root[:, None]}
         if self.filter:
@@ -88,20 +78,14 @@ class FilteredTree(Corpus):
             pair = counter.draw_rows(self.children.flatten(1), levels[level], drawn)
             children = [pair // self.symbols, pair % self.symbols]
             levels[level + 1] = torch.stack(children, -1).flatten(1)
-        begin = torch.full((count, 1), self.symbols, device=device)
-        fields = {
-            "tokens": torch.cat([begin, levels[self.depth]], 1),
-            "document": torch.arange(count, device=device)[:, None],
-            "position": torch.arange(leaves + 1, device=device),
-        }
+        begin = torch.full_like(levels[0], self.symbols)
+        none = torch.full_like(begin, -1)
+        fields = {"tokens": torch.cat([begin, levels[self.depth]], 1)}
         for level in range(self.depth if detail else 0):
-            above = levels.get(level, torch.full_like(begin, -1))
-            above = above.repeat_interleave(leaves // above.shape[1], 1)
-            fields[f"level{level}"] = torch.cat([torch.full_like(begin, -1), above], 1)
-        shape = (count, leaves + 1)
-        return Documents(
-            {name: field.expand(shape).flatten() for name, field in fields.items()}, count
-        )
+            above = levels.get(level, none)
+            above = above.repeat_interleave(2**self.depth // above.shape[1], 1)
+            fields[f"level{level}"] = torch.cat([none, above], 1)
+        return side_by_side(fields)
 
     def tree(self, number) -> Tree:
         """The tree of a document, by its number, with letters for symbols."""

@@ -47,7 +47,7 @@ class Lifetimes(GrammarProcess):
             above = self._tables[1].to(device)[token["shape"], token["place"]].clamp(min=0)
             parent = token["rank"][begins + above]
             sentence = token["document"] * self.sentences + token["sentence"]
-            document_key = counter.subkey(self._key.to(device), torch.as_tensor(ids, device=device))
+            document_key = self._keys(ids, device)
             most = max(map(len, self.lifetimes.values())) + sum(map(len, self.parts))
             token["alive"] = token["document"] * most
             for child in self.lifetimes:

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents, position_within, strictly
+from latentree.data.corpus import Corpus, side_by_side, strictly
 
 
 class HashedTables(Corpus):
@@ -31,18 +31,10 @@ class HashedTables(Corpus):
         seed=0,
         label: str = "",
     ):
-        super().__init__(
-            name=name,
-            kind="hashed n-gram",
-            vocabulary_size=vocabulary_size,
-            end=vocabulary_size - 1,
-            mean_document_length=self.shortest + (self.spread - 1) / 2 + 1,
-            content={"vocabulary_size": vocabulary_size, "tables": tables},
-            seed=seed,
-            label=label,
-        )
+        content = {"vocabulary_size": vocabulary_size, "tables": tables}
+        end, length = vocabulary_size - 1, self.shortest + (self.spread - 1) / 2 + 1
+        super().__init__(name, "hashed n-gram", vocabulary_size, end, length, content, seed, label)
         self.tables = tables
-        self._key = counter.mix(torch.tensor(seed))
         generator = torch.Generator().manual_seed(seed)
         normal = torch.randn(tables, generator=generator, dtype=torch.float64)
         exponent = (2.0 + 1.2 * normal).clamp(min=1.2)
@@ -57,11 +49,10 @@ class HashedTables(Corpus):
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._limits:
             self._limits[device] = self._limits["cpu"].to(device)
         longest = self.shortest + self.spread
-        key = counter.subkey(self._key.to(device), ids)
+        key = self._keys(ids, device)
         drawn = counter.uniform(counter.subkey(key, 0))
         length = self.shortest + (drawn * self.spread >> counter.BITS)
         place = torch.arange(longest, device=device)
@@ -70,8 +61,8 @@ class HashedTables(Corpus):
         order = torch.tensor(self.orders, device=device)[number]
         draws = counter.uniform(counter.subkey(key[:, None], 1 + longest + place))
 
-        tokens = torch.full((len(ids), longest + 1), -1, device=device)
-        prefix = torch.zeros(len(ids), longest + 1, dtype=torch.int64, device=device)
+        tokens = torch.full((len(key), longest + 1), -1, device=device)
+        prefix = torch.zeros_like(tokens)
         for t in range(int(length.max())):
             table = self._table(prefix, t, order[:, t])
             wanted = draws[:, t] + (table << counter.BITS)
@@ -81,7 +72,7 @@ class HashedTables(Corpus):
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         place = torch.arange(longest + 1, device=device)
         tokens = tokens.masked_fill(place > length[:, None], -1)
-        return _documents(tokens.masked_fill(place == length[:, None], self.end))
+        return side_by_side({"tokens": tokens.masked_fill(place == length[:, None], self.end)})
 
     def _table(self, prefix, t, order):
         """Number of the table that `order` (documents,) last tokens before place t choose.
@@ -151,17 +142,9 @@ class Successors(Corpus):
             )
         content = {"words": words, "choices": choices, "binding": binding, "length": length}
         given = {"callers": callers, "bank": bank}
-        super().__init__(
-            name=name,
-            kind="treeless",
-            vocabulary_size=words,
-            end=None,
-            mean_document_length=length,
-            content=content | {field: value for field, value in given.items() if value},
-            seed=seed,
-        )
+        content |= {field: value for field, value in given.items() if value}
+        super().__init__(name, "treeless", words, None, length, content, seed)
         self.binding, self.length, self.callers = binding, length, callers or words
-        self._key = counter.mix(torch.tensor(seed))
         word = torch.arange(words)
         others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
         self.choices = others + (others >= word[:, None])  # a word never follows itself
@@ -172,34 +155,29 @@ class Successors(Corpus):
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         choices, (words, count) = self.choices.to(device), self.choices.shape
-        key = counter.subkey(self._key.to(device), ids)[:, None]
+        key = self._keys(ids, device)[:, None]
 
         def uniform(number, many):  # (documents, many) below 2**BITS
             parts = counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
             return counter.uniform(parts)
 
-        latent = None
+        fields = {}
         calls = choices.gather(1, (uniform(1, words) * count >> counter.BITS).T).T
         if len(self.bank):
             latent = uniform(5, 1) * len(self.bank) >> counter.BITS
             calls = self.bank.to(device)[latent[:, 0]]
+            fields["latent"] = latent.expand(-1, self.length)
         other = uniform(2, self.length) * count >> counter.BITS
         bound = uniform(3, self.length) < int(self.binding * 2**counter.BITS)
-        tokens = torch.empty(len(ids), self.length, dtype=torch.int64, device=device)
+        tokens = torch.empty_like(other)
         tokens[:, :1] = uniform(4, 1) * words >> counter.BITS
         for t in range(1, self.length):
             before = tokens[:, t - 1]
             called = calls.gather(1, before[:, None])[:, 0]
             follows = bound[:, t] & (before < self.callers)
             tokens[:, t] = torch.where(follows, called, choices[before, other[:, t]])
-        document = torch.arange(len(ids), device=device)[:, None].expand_as(tokens).flatten()
-        fields = {"tokens": tokens.flatten(), "document": document}
-        fields["position"] = position_within(document)
-        if latent is not None:
-            fields["latent"] = latent.expand_as(tokens).flatten()
-        return Documents(fields, len(ids))
+        return side_by_side(fields | {"tokens": tokens})
 
     def losses(self) -> tuple[float, float]:
         """Exact losses in nats after a caller: without knowing the document, and knowing it."""
@@ -235,39 +213,31 @@ class Chain(Corpus):
                 f"chain of order {order} of {parent.name}: has no grammar, or {order + 1} of its "
                 f"{parent.vocabulary_size} words do not fit an integer; use another parent or order"
             )
-        super().__init__(
-            name=name or f"{parent.name}-order{order}",
-            kind="n-gram",
-            vocabulary_size=parent.vocabulary_size,
-            end=parent.end,
-            mean_document_length=parent.mean_document_length,
-            content={"order": order, "sample_tokens": sample_tokens, "parent": parent.digest},
-            seed=seed,
-            label=label,
-        )
-        self.order, self._words = order, parent.words
+        name = name or f"{parent.name}-order{order}"
+        size, length = parent.vocabulary_size, parent.mean_document_length
+        content = {"order": order, "sample_tokens": sample_tokens, "parent": parent.digest}
+        super().__init__(name, "n-gram", size, parent.end, length, content, seed, label)
+        self.order, self.words = order, parent.words
         self._sentences = parent.grammar.file.document.per_document("sentence")
-        needed = int(sample_tokens / parent.mean_document_length) + 1
+        needed = int(sample_tokens / length) + 1
         sample = parent.documents(torch.arange(needed), detail=False).tokens
         gram = torch.zeros_like(sample)
         for back in range(order, -1, -1):
-            gram = gram * self.vocabulary_size + sample.roll(back)
+            gram = gram * size + sample.roll(back)
         self.grams = gram.sort().values
-        contexts = self.grams // self.vocabulary_size
-        openings = contexts[contexts % self.vocabulary_size == self.end]
-        self._key = counter.mix(torch.tensor(seed))
+        contexts = self.grams // size
+        openings = contexts[contexts % size == self.end]
         self._on = {"cpu": (self.grams, openings)}
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         if device not in self._on:
             self._on[device] = tuple(table.to(device) for table in self._on["cpu"])
         grams, openings = self._on[device]
         size, keep = self.vocabulary_size, self.vocabulary_size ** (self.order - 1)
-        key = counter.subkey(self._key.to(device), ids)
+        key = self._keys(ids, device)
         context = openings[_scaled(counter.uniform(counter.subkey(key, 0)), len(openings))]
-        left = torch.full_like(ids, self._sentences)
+        left = torch.full_like(key, self._sentences)
         tokens = []
         while bool((left > 0).any()):
             low = torch.searchsorted(grams, context * size)
@@ -277,12 +247,7 @@ class Chain(Corpus):
             tokens.append(torch.where(left > 0, token, -1))
             context = context % keep * size + token
             left = left - (token == self.end).long()
-        return _documents(torch.stack(tokens, 1))
-
-    @property
-    def words(self):
-        """Those of the corpus that it was estimated from."""
-        return self._words
+        return side_by_side({"tokens": torch.stack(tokens, 1)})
 
     def losses(self):
         """Exact nats per token of the best predictor that sees n last tokens, for n = 0..order."""
@@ -293,14 +258,6 @@ class Chain(Corpus):
             entropy = -(share * share.log()).sum()
             values.append(float(entropy) - sum(values))
         return values
-
-
-def _documents(tokens):
-    """Documents from padded tokens (documents, longest), -1 past the end."""
-    kept = tokens >= 0
-    document = kept.nonzero()[:, 0]
-    token = {"tokens": tokens[kept], "document": document, "position": position_within(document)}
-    return Documents(token, len(tokens))
 
 
 def _scaled(draw, count):

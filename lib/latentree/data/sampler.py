@@ -23,20 +23,11 @@ class GrammarProcess(Corpus):
     """A Grammar with a seed: sentences of its roles, words by the latents of each place."""
 
     def __init__(self, grammar: Grammar, seed: int = 0):
-        super().__init__(
-            name=grammar.name,
-            kind=grammar.file.kind,
-            vocabulary_size=grammar.vocabulary_size,
-            end=grammar.end,
-            mean_document_length=grammar.mean_document_length,
-            content=grammar.content,
-            seed=seed,
-            label=grammar.file.label,
-        )
-        self.grammar = grammar
-        self.repetitions = grammar.file.repetitions
-        self.held_out_limit = grammar.file.exclude_held_out or None
-        self._key = counter.mix(torch.tensor(seed))
+        file, size, length = grammar.file, grammar.vocabulary_size, grammar.mean_document_length
+        content, label = grammar.content, file.label
+        super().__init__(file.name, file.kind, size, grammar.end, length, content, seed, label)
+        self.grammar, self.repetitions = grammar, file.repetitions
+        self.held_out_limit = file.exclude_held_out or None
         begins = (grammar.sizes.cumsum() - grammar.sizes).tolist()
         self._begins = torch.tensor(begins)
         self._columns = [slice(at, at + n) for at, n in zip(begins, grammar.sizes.tolist())]
@@ -50,12 +41,10 @@ class GrammarProcess(Corpus):
 
         Without `detail` only the fields tokens and document are filled.
         """
+        document_key = self._keys(ids, device)
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        if len(ids) == 0 or ids.min() < 0:
-            raise ValueError(f"{self.name}: ids {ids.tolist()[:3]}; ask for at least one id >= 0")
         layout = self.grammar.file.document
         per_document = layout.per_document("sentence")
-        document_key = counter.subkey(self._key.to(device), ids)
         maps, habits, latent = self._latents(ids, document_key)
 
         number = torch.arange(len(ids) * per_document, device=device)

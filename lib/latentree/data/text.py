@@ -20,14 +20,9 @@ class Text(Corpus):
     def __init__(self, name: str, documents: list[list[int]], vocabulary_size: int, end: int):
         self._documents = [torch.as_tensor(document) for document in documents]
         self.count = len(documents)
-        super().__init__(
-            name=name,
-            kind="OLMo",
-            vocabulary_size=vocabulary_size,
-            end=end,
-            mean_document_length=sum(map(len, documents)) / len(documents),
-            content=[document.tolist() for document in self._documents],
-        )
+        length = sum(map(len, documents)) / len(documents)
+        content = [document.tolist() for document in self._documents]
+        super().__init__(name, "OLMo", vocabulary_size, end, length, content)
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Documents by number, counted from HELD_OUT on and round the text.
