@@ -38,11 +38,11 @@ class Codebook(Corpus):
         of_segment = counter.subkey(key[:, None], 1 + segment)
 
         def drawn(keys, number, count):
-            return counter.uniform(counter.subkey(keys, number)) * count >> counter.BITS
+            return counter.below(count, counter.subkey(keys, number))
 
         latent = drawn(key, 0, len(self.code))[:, None].expand_as(of_segment)
         cue, other = drawn(of_segment, 0, self.cues), drawn(of_segment, 1, self.answers)
-        noisy = counter.uniform(counter.subkey(of_segment, 2)) < int(self.noise * 2**counter.BITS)
+        noisy = counter.happens(self.noise, counter.subkey(of_segment, 2))
         answer = torch.where(noisy, other, self.code.to(device)[latent, cue])
         latents = latent.repeat_interleave(2, 1)
         return side_by_side({"tokens": self.tokens(cue, answer), "latent": latents})

@@ -30,25 +30,36 @@ def uniform(key):
     return (mix(key) >> (64 - BITS)) & ((1 << BITS) - 1)
 
 
-def thresholds(probabilities):
-    """Integer cumulative thresholds (n,) with which `draw` gives index i with probability p[i]."""
-    cumulative = torch.as_tensor(probabilities, dtype=torch.float64).cumsum(-1)
-    limits = (cumulative / cumulative[..., -1:] * 2**BITS).round().to(torch.int64)
-    return limits
+def below(count, key):
+    """Uniform integers in [0, count) from keys; count <= 2**11."""
+    return uniform(key) * count >> BITS
 
 
-def draw(limits, key):
-    """Index drawn for each key from the distribution that `limits` (n,) describes."""
-    return torch.searchsorted(limits, uniform(key), right=True).clamp_(max=limits.shape[-1] - 1)
+def happens(probability, key):
+    """True with a probability, for each key."""
+    return uniform(key) < int(probability * 2**BITS)
 
 
-def draw_rows(rows, row, key):
-    """Index for each key from the distribution rows[row]; rows (n, m), `row` broadcasts to key."""
-    limits = thresholds(rows)
-    offset = torch.arange(len(limits))[:, None] << BITS
-    flat = (limits + offset).flatten().to(key.device)
-    found = torch.searchsorted(flat, uniform(key) + (row << BITS), right=True)
-    return (found - row * limits.shape[1]).clamp(max=limits.shape[1] - 1)
+class Laws:
+    """Distributions (n,) side by side, each as its integer cumulative thresholds."""
+
+    def __init__(self, laws):
+        limits = []
+        for number, law in enumerate(laws):
+            cumulative = torch.as_tensor(law, dtype=torch.float64).cumsum(0)
+            limit = (cumulative / cumulative[-1] * 2**BITS).round().to(torch.int64)
+            limits.append(limit + (number << BITS))
+        self.limits = torch.cat(limits)
+        self._begins = torch.tensor([0, *map(len, limits)]).cumsum(0)
+        self._on = {}
+
+    def draw(self, number, key):
+        """Index for each key from the distribution of a number, which broadcasts to the keys."""
+        if key.device not in self._on:
+            self._on[key.device] = self.limits.to(key.device), self._begins.to(key.device)
+        limits, begins = self._on[key.device]
+        drawn = uniform(key) + (number << BITS)
+        return torch.searchsorted(limits, drawn, right=True) - begins[number]
 
 
 def shuffled(key, size):

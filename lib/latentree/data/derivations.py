@@ -26,8 +26,7 @@ class Derivations:
         laws = [[] for _ in grammar.nonterminals]
         for rule in rules:
             laws[rule.left].append(rule.probability)
-        limits = [counter.thresholds(law) + (s << counter.BITS) for s, law in enumerate(laws)]
-        self._limits = torch.cat(limits).numpy()
+        self._limits = counter.Laws(laws).limits.numpy()
         self._below = _padded([rule.nonterminals for rule in rules])
         self._nodes = np.array([len(rule.nonterminals) for rule in rules])
         self._roles = np.array([len(rule.roles) for rule in rules])
@@ -41,10 +40,8 @@ class Derivations:
         Whom it follows is a number among the production's roles. And for each production how many
         roles stand before its start, its first nonterminal, its second one, ...
         """
-        number, habits = (
-            {r: i for i, r in enumerate(self._grammar.roles)},
-            self._grammar.file.habits,
-        )
+        number = {role: r for r, role in enumerate(self._grammar.roles)}
+        habits = self._grammar.file.habits
         spots, before = [], []
         for rule in rules:
             begins, seen = [0], 0

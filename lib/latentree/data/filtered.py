@@ -47,6 +47,8 @@ class FilteredTree(Corpus):
         weight = (spread * torch.randn(symbols**2, dtype=torch.float64, generator=draw)).exp()
         own = weight * (parent == torch.arange(symbols)[:, None])
         self.children = (own / own.sum(1, keepdim=True)).view(symbols, symbols, symbols)
+        self._pairs = counter.Laws(self.children.flatten(1))
+        self._nodes = counter.Laws(self.marginals(filter).flatten(0, 1))
 
     def marginals(self, level):
         """P(node | root) of each node of a level: (2**level, root, node)."""
@@ -63,22 +65,19 @@ class FilteredTree(Corpus):
         that each token hangs below, -1 where there is none.
         """
         key = self._keys(ids, device)
-        root = (counter.uniform(counter.subkey(key, 0)) * self.symbols) >> counter.BITS
-        levels = {0: root[:, None]}
+        root = counter.below(self.symbols, counter.subkey(key, 0))[:, None]
+        levels = {0: root}
         if self.filter:
             node = torch.arange(2**self.filter, device=device)
-            rows = self.marginals(self.filter).flatten(0, 1)
-            row = node * self.symbols + root[:, None]
-            levels[self.filter] = counter.draw_rows(
-                rows, row, counter.subkey(key[:, None], 1 + node)
-            )
+            drawn = counter.subkey(key[:, None], 1 + node)
+            levels[self.filter] = self._nodes.draw(node * self.symbols + root, drawn)
         for level in range(self.filter, self.depth):
             node = 2 ** (level + 1) + torch.arange(2**level, device=device)
             drawn = counter.subkey(key[:, None], node)
-            pair = counter.draw_rows(self.children.flatten(1), levels[level], drawn)
+            pair = self._pairs.draw(levels[level], drawn)
             children = [pair // self.symbols, pair % self.symbols]
             levels[level + 1] = torch.stack(children, -1).flatten(1)
-        begin = torch.full_like(levels[0], self.symbols)
+        begin = torch.full_like(root, self.symbols)
         none = torch.full_like(begin, -1)
         fields = {"tokens": torch.cat([begin, levels[self.depth]], 1)}
         for level in range(self.depth if detail else 0):

@@ -41,34 +41,26 @@ class HashedTables(Corpus):
         weight = torch.arange(1, vocabulary_size, dtype=torch.float64) ** -exponent[:, None]
         self.probabilities = weight / weight.sum(1, keepdim=True)
         self._order_weights = torch.arange(1, len(self.orders) + 1, dtype=torch.float64) ** -1.5
-        offset = torch.arange(tables)[:, None] << counter.BITS
-        self._limits = {"cpu": (counter.thresholds(self.probabilities) + offset).flatten()}
-        self._powers = torch.ones(self.shortest + self.spread + 1, dtype=torch.int64)
-        self._powers[1:] = counter.GOLDEN
-        self._powers = self._powers.cumprod(0)  # which wraps, as the hash does
+        self._of_order = counter.Laws([self._order_weights])
+        self._of_table = counter.Laws(self.probabilities)
+        powers = [1] + [counter.GOLDEN] * (self.shortest + self.spread)
+        self._powers = torch.tensor(powers).cumprod(0)  # which wraps, as the hash does
 
     def documents(self, ids, device="cpu", detail=True):
         """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        if device not in self._limits:
-            self._limits[device] = self._limits["cpu"].to(device)
         longest = self.shortest + self.spread
         key = self._keys(ids, device)
-        drawn = counter.uniform(counter.subkey(key, 0))
-        length = self.shortest + (drawn * self.spread >> counter.BITS)
+        length = self.shortest + counter.below(self.spread, counter.subkey(key, 0))
         place = torch.arange(longest, device=device)
-        limits = counter.thresholds(self._order_weights).to(device)
-        number = counter.draw(limits, counter.subkey(key[:, None], 1 + place))
+        number = self._of_order.draw(0, counter.subkey(key[:, None], 1 + place))
         order = torch.tensor(self.orders, device=device)[number]
-        draws = counter.uniform(counter.subkey(key[:, None], 1 + longest + place))
+        word_key = counter.subkey(key[:, None], 1 + longest + place)
 
         tokens = torch.full((len(key), longest + 1), -1, device=device)
         prefix = torch.zeros_like(tokens)
         for t in range(int(length.max())):
             table = self._table(prefix, t, order[:, t])
-            wanted = draws[:, t] + (table << counter.BITS)
-            found = torch.searchsorted(self._limits[device], wanted, right=True)
-            found = found - table * (self.vocabulary_size - 1)
-            tokens[:, t] = found.clamp(max=self.vocabulary_size - 2)
+            tokens[:, t] = self._of_table.draw(table, word_key[:, t])
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         place = torch.arange(longest + 1, device=device)
         tokens = tokens.masked_fill(place > length[:, None], -1)
@@ -158,20 +150,19 @@ class Successors(Corpus):
         choices, (words, count) = self.choices.to(device), self.choices.shape
         key = self._keys(ids, device)[:, None]
 
-        def uniform(number, many):  # (documents, many) below 2**BITS
-            parts = counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
-            return counter.uniform(parts)
+        def keys(number, many):  # (documents, many)
+            return counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
 
         fields = {}
-        calls = choices.gather(1, (uniform(1, words) * count >> counter.BITS).T).T
+        calls = choices.gather(1, counter.below(count, keys(1, words)).T).T
         if len(self.bank):
-            latent = uniform(5, 1) * len(self.bank) >> counter.BITS
+            latent = counter.below(len(self.bank), keys(5, 1))
             calls = self.bank.to(device)[latent[:, 0]]
             fields["latent"] = latent.expand(-1, self.length)
-        other = uniform(2, self.length) * count >> counter.BITS
-        bound = uniform(3, self.length) < int(self.binding * 2**counter.BITS)
+        other = counter.below(count, keys(2, self.length))
+        bound = counter.happens(self.binding, keys(3, self.length))
         tokens = torch.empty_like(other)
-        tokens[:, :1] = uniform(4, 1) * words >> counter.BITS
+        tokens[:, :1] = counter.below(words, keys(4, 1))
         for t in range(1, self.length):
             before = tokens[:, t - 1]
             called = calls.gather(1, before[:, None])[:, 0]

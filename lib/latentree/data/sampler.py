@@ -28,6 +28,7 @@ class GrammarProcess(Corpus):
         super().__init__(file.name, file.kind, size, grammar.end, length, content, seed, label)
         self.grammar, self.repetitions = grammar, file.repetitions
         self.held_out_limit = file.exclude_held_out or None
+        self._ranks = counter.Laws(grammar.frequencies)
         begins = (grammar.sizes.cumsum() - grammar.sizes).tolist()
         self._begins = torch.tensor(begins)
         self._columns = [slice(at, at + n) for at, n in zip(begins, grammar.sizes.tolist())]
@@ -157,7 +158,7 @@ class GrammarProcess(Corpus):
             repeat = len(key) // len(maps)
             maps = maps.repeat_interleave(repeat, 0)
             if file.bank:
-                latent = counter.uniform(counter.subkey(key, 1000)) * file.bank >> counter.BITS
+                latent = counter.below(file.bank, counter.subkey(key, 1000))
                 habits = {child: table.to(ids.device)[latent] for child, table in self.bank.items()}
                 break
             for r, role in enumerate(grammar.role_specs):
@@ -177,7 +178,7 @@ class GrammarProcess(Corpus):
         r, parent = roles.index(child), roles.index(self.grammar.file.habits[child])
         ranks = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
         key = counter.subkey(counter.subkey(key, r)[:, None], ranks)
-        return self._draw_ranks(torch.tensor(r, device=key.device), key)
+        return self._ranks.draw(r, key)
 
     # ------------------------------------------------------------------ sentences
 
@@ -189,10 +190,9 @@ class GrammarProcess(Corpus):
             token[name] for name in ("role", "place", "binds_to", "sentence")
         )
         word_key = counter.subkey(key[sentence], place + 1)
-        rank = self._draw_ranks(role, word_key)
+        rank = self._ranks.draw(role, word_key)
         if habits:
-            chance = int(grammar.file.binding * 2**counter.BITS)
-            follows = (binds_to >= 0) & (counter.uniform(word_key + 1) < chance)
+            follows = (binds_to >= 0) & counter.happens(grammar.file.binding, word_key + 1)
             for child in grammar.parents_first:
                 at = (follows & (role == grammar.roles.index(child))).nonzero()[:, 0]
                 parent_rank = rank[at - place[at] + binds_to[at]]
@@ -201,18 +201,6 @@ class GrammarProcess(Corpus):
         del token["binds_to"]
         return {"tokens": maps.flatten()[cell], "rank": rank} | token
 
-    @cached_property
-    def _limits(self):
-        """Thresholds of all roles' Zipf laws one after the other."""
-        laws = enumerate(self.grammar.frequencies)
-        return torch.cat([counter.thresholds(law) + (r << counter.BITS) for r, law in laws])
-
-    def _draw_ranks(self, role, key):
-        """A rank from the Zipf law of each role (integers that broadcast with the keys)."""
-        limits, begins = self._limits.to(key.device), self._begins.to(key.device)
-        drawn = counter.uniform(key) + (role << counter.BITS)
-        return torch.searchsorted(limits, drawn, right=True) - begins[role]
-
     def _roles(self, key):
         """Fields role, place, binds_to, sentence, shape (tokens,) of one sentence for each key.
 
@@ -220,14 +208,17 @@ class GrammarProcess(Corpus):
         """
         if self.grammar.shapes is None:
             return self._derivations.draw(key)
-        limits = counter.thresholds([shape.probability for shape in self.grammar.shapes])
-        shape = counter.draw(limits.to(key.device), key)
+        shape = self._shapes.draw(0, key)
         roles, bindings, lengths = (table.to(key.device) for table in self._tables)
         sentence = torch.arange(len(key), device=key.device).repeat_interleave(lengths[shape])
         place, shape = position_within(sentence), shape[sentence]
         cell = shape * roles.shape[1] + place
         token = {"role": roles.flatten()[cell], "binds_to": bindings.flatten()[cell]}
         return token | {"place": place, "sentence": sentence, "shape": shape}
+
+    @cached_property
+    def _shapes(self):
+        return counter.Laws([[shape.probability for shape in self.grammar.shapes]])
 
     @cached_property
     def _derivations(self):
