@@ -1,9 +1,8 @@
-"""Random numbers from counters: every draw is a pure function of integer keys.
+"""Random numbers from counters: a draw is the hash of an integer key, and of nothing else.
 
-A draw is the hash of a key, so it does not depend on what was drawn before it, in which batch, by
-which process or on which device: all arithmetic is on 64-bit integers, which wrap alike everywhere.
-The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
-number generators").
+So it is the same in any order, batch, process and on any device: 64-bit integers wrap alike
+everywhere. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+pseudorandom number generators").
 """
 
 import numpy as np
@@ -65,14 +64,10 @@ class Laws:
 def shuffled(key, size):
     """A uniformly random order of `size` < 2**20 items for each key: (..., size).
 
-    Items are sorted by random numbers that carry the item in their low 20 bits. NumPy sorts rows
-    several times faster than torch on a CPU; the numbers are distinct, so both give the same order.
+    Items are sorted by random numbers that carry the item in their low 20 bits, all distinct.
     """
     place = torch.arange(size, device=key.device)
     tagged = subkey(key[..., None], place) & ~0xFFFFF | place
-    ordered = (
-        torch.from_numpy(np.sort(tagged.numpy(), -1))
-        if tagged.device.type == "cpu"
-        else tagged.sort(-1).values
-    )
-    return ordered & 0xFFFFF
+    if tagged.device.type == "cpu":  # where NumPy sorts rows several times faster than torch
+        return torch.from_numpy(np.sort(tagged.numpy(), -1)) & 0xFFFFF
+    return tagged.sort(-1).values & 0xFFFFF

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
 
@@ -37,7 +38,7 @@ class Derivations:
     def _where(self, rules):
         """Of each role in a production: (role, nonterminals before it, whom it follows or -1).
 
-        Whom it follows is a number among the production's roles. And for each production how many
+        Whom it follows is a number among the production's roles. And of each production: how many
         roles stand before its start, its first nonterminal, its second one, ...
         """
         number = {role: r for r, role in enumerate(self._grammar.roles)}
@@ -105,13 +106,14 @@ class Derivations:
         """Fields role, place, binds_to (-1: no word), sentence (tokens,) of a sentence a key."""
         rule, begin, end, children = self._laid_out(self._grow(key))
         node = np.arange(len(rule)).repeat(self._roles[rule])
-        number = _within(node)  # among the roles of its production
+        before = self._roles[rule].cumsum() - self._roles[rule]
+        number = np.arange(len(node)) - before[node]  # among the roles of its production
         role, nodes, parent = self._spots[self._first_spot[rule[node]] + number].T
         edge = end[(children[node] + nodes - 1).clip(max=len(end) - 1)]  # of the child before
         at = np.where(nodes > 0, edge, begin[node]) + number - self._before[rule[node], nodes]
         lengths = end[: len(key)] - begin[: len(key)] + 1
         sentence = np.arange(len(key)).repeat(lengths)
-        place = _within(sentence)
+        place = np.arange(len(sentence)) - begin[sentence]
         of_token = np.full_like(place, len(self._grammar.roles) - 1)
         of_token[at] = role
         binds_to = np.full_like(place, -1)
@@ -151,13 +153,5 @@ class _Shapes(Sequence):
 
 def _padded(rows):
     """Lists of numbers as an array (row, longest), 0 past their ends."""
-    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for row, numbers in zip(table, rows):
-        row[: len(numbers)] = numbers
-    return table
-
-
-def _within(group):
-    """0, 1, 2, ... within each run of equal numbers of a sorted array (n,)."""
-    counts = np.bincount(group)
-    return np.arange(len(group)) - (counts.cumsum() - counts)[group]
+    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(rows, batch_first=True).numpy()

@@ -16,14 +16,11 @@ class FilteredTree(Corpus):
     """One binary tree a document: a mark that it begins (the last token), then 2**depth leaves.
 
     Each pair of symbols is what ONE parent can be replaced by: `symbols` pairs a parent, drawn at
-    random, with log-normal weights exp(`spread` Normal(0, 1)). The root is uniform. Filter k draws
-    the 2**k nodes of level k independently given the root, each from its own marginal
-    P(node | root), and whole trees grow below them: 0 is the whole hierarchy, and with `depth` the
-    leaves share the root only. What the root says of each place is the same for all filters, and
-    with the same seed so are the productions.
-
-    Attributes beside a corpus's: filter, depth, symbols, and children (parent, left, right), the
-    probability of each production. ValueError for a filter deeper than the tree.
+    random, with log-normal weights exp(`spread` Normal(0, 1)): children (parent, left, right). The
+    root is uniform. Filter k draws the 2**k nodes of level k independently given the root, each
+    from its own marginal P(node | root), and whole trees grow below them: 0 is the whole hierarchy,
+    and with `depth` the leaves share the root only. What the root says of each place is the same
+    for all filters of a seed. ValueError for a filter deeper than the tree.
     """
 
     @strictly
@@ -59,11 +56,7 @@ class FilteredTree(Corpus):
         return found
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
-        """Trees by number, `ids` (documents,).
-
-        Fields document, position, and level0, level1, ...: the symbol of the node of that level
-        that each token hangs below, -1 where there is none.
-        """
+        """Trees by number; fields level0, level1, ...: the node each token hangs below, or -1."""
         key = self._keys(ids, device)
         root = counter.below(self.symbols, counter.subkey(key, 0))[:, None]
         levels = {0: root}
@@ -75,8 +68,8 @@ class FilteredTree(Corpus):
             node = 2 ** (level + 1) + torch.arange(2**level, device=device)
             drawn = counter.subkey(key[:, None], node)
             pair = self._pairs.draw(levels[level], drawn)
-            children = [pair // self.symbols, pair % self.symbols]
-            levels[level + 1] = torch.stack(children, -1).flatten(1)
+            below = torch.stack([pair // self.symbols, pair % self.symbols], -1)
+            levels[level + 1] = below.flatten(1)
         begin = torch.full_like(root, self.symbols)
         none = torch.full_like(begin, -1)
         fields = {"tokens": torch.cat([begin, levels[self.depth]], 1)}

@@ -1,4 +1,7 @@
-"""Text without a tree: the release's hashed tables, a chain estimated from a corpus, successors."""
+"""Text without a tree: the release's hashed tables, a chain estimated from a corpus, successors.
+
+All draw their documents side by side, a token of each at a time.
+"""
 
 import math
 from typing import Annotated
@@ -47,9 +50,7 @@ class HashedTables(Corpus):
         self._powers = torch.tensor(powers).cumprod(0)  # which wraps, as the hash does
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        longest = self.shortest + self.spread
-        key = self._keys(ids, device)
+        key, longest = self._keys(ids, device), self.shortest + self.spread
         length = self.shortest + counter.below(self.spread, counter.subkey(key, 0))
         place = torch.arange(longest, device=device)
         number = self._of_order.draw(0, counter.subkey(key[:, None], 1 + place))
@@ -67,10 +68,9 @@ class HashedTables(Corpus):
         return side_by_side({"tokens": tokens.masked_fill(place == length[:, None], self.end)})
 
     def _table(self, prefix, t, order):
-        """Number of the table that `order` (documents,) last tokens before place t choose.
+        """Number of the table (documents,) that `order` (documents,) last tokens before t choose.
 
-        A rolling polynomial hash of each prefix (documents, places) gives that of any last tokens
-        in one subtraction.
+        A polynomial hash of each prefix gives that of any last tokens in one subtraction.
         """
         context = order.clamp(max=t)
         start = prefix.gather(1, (t - context)[:, None])[:, 0]
@@ -80,21 +80,20 @@ class HashedTables(Corpus):
     def token_losses(self, documents, knows_tables=True):
         """Exact loss of each token of whole documents, in nats (tokens,).
 
-        With `knows_tables` of who knows the hash and all tables, else their average only. The order
-        is hidden, so the first mixes the tables of all orders; both know how document lengths are
-        spread.
+        With `knows_tables` of who knows the hash and all tables, and mixes those of all orders, for
+        the order is hidden; else the tables' average only. Both know how lengths are spread.
         """
         document, place = documents.token["document"], documents.token["position"]
         tokens = torch.zeros(documents.count, int(place.max()) + 1, dtype=torch.int64)
         tokens[document, place] = documents.tokens
         prefix = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.int64)
-        p, average = torch.zeros(tokens.shape, dtype=torch.float64), self.probabilities.mean(0)
+        p, average = torch.zeros_like(tokens).double(), self.probabilities.mean(0)
+        shares = self._order_weights / self._order_weights.sum()
         for t in range(tokens.shape[1]):
             token = tokens[:, t].clamp(max=self.vocabulary_size - 2)
-            p[:, t] = average[token]
-            if knows_tables:
-                p[:, t] = 0
-                shares = self._order_weights / self._order_weights.sum()
+            if not knows_tables:
+                p[:, t] = average[token]
+            else:
                 for share, order in zip(shares, self.orders):
                     table = self._table(prefix, t, torch.full_like(token, order))
                     p[:, t] += share * self.probabilities[table, token]
@@ -108,11 +107,11 @@ class Successors(Corpus):
     """Text with a latent and no tree: what follows a word is drawn anew for each document.
 
     Each of the `words` has `choices` words that may follow it, the same in all documents. A
-    document draws one of them for each of the first `callers` words (by default all); that one
-    follows with probability `binding`, else any of the choices does, all alike. Documents have
-    `length` tokens, and no end token. With a `bank` a document has one of so many rings of all
-    words instead, in each of which a word calls for the next one, so that none is called for more
-    than others; documents have a field more: latent, the number of their ring.
+    document draws one of them for each of the first `callers` words (0: all); that one follows with
+    probability `binding`, else any of the choices does, all alike. Documents have `length` tokens
+    and no end token. With a `bank` a document has one of so many rings of all words instead, in
+    which a word calls for the next one: none is called for more than others. The field latent is
+    the number of a document's ring.
     """
 
     @strictly
@@ -133,20 +132,20 @@ class Successors(Corpus):
                 f"callers = {callers}"
             )
         content = {"words": words, "choices": choices, "binding": binding, "length": length}
-        given = {"callers": callers, "bank": bank}
-        content |= {field: value for field, value in given.items() if value}
+        if callers:
+            content["callers"] = callers
+        if bank:
+            content["bank"] = bank
         super().__init__(name, "treeless", words, None, length, content, seed)
         self.binding, self.length, self.callers = binding, length, callers or words
         word = torch.arange(words)
         others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
         self.choices = others + (others >= word[:, None])  # a word never follows itself
-        ring = counter.shuffled(
-            counter.subkey(counter.subkey(self._key, -3), torch.arange(bank)), words
-        )
+        latents = counter.subkey(counter.subkey(self._key, -3), torch.arange(bank))
+        ring = counter.shuffled(latents, words)
         self.bank = torch.empty_like(ring).scatter(1, ring, ring.roll(-1, 1))  # (latent, word)
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
         choices, (words, count) = self.choices.to(device), self.choices.shape
         key = self._keys(ids, device)[:, None]
 
@@ -182,11 +181,10 @@ class Successors(Corpus):
 class Chain(Corpus):
     """An order-n Markov chain with the n+1-gram counts of a sample of a corpus, read as a ring.
 
-    Because the sample is a ring, its own contexts are the chain's stationary distribution and no
-    context lacks a successor: the chain's loss is the sample's conditional entropy, exactly. A
-    document starts after an end token and lasts as many end tokens as the documents it was
-    estimated from. grams (sample,) has every context and next token of the ring, as one number in
-    base vocabulary_size, in order.
+    In a ring no context lacks a successor, and its contexts are the chain's stationary law: the
+    chain's loss is the sample's conditional entropy, exactly. A document starts after an end token
+    and lasts as many end tokens as the documents it was estimated from. grams (sample,) are the
+    ring's contexts with their next token, sorted, each one number in base vocabulary_size.
     """
 
     @strictly
@@ -210,31 +208,26 @@ class Chain(Corpus):
         super().__init__(name, "n-gram", size, parent.end, length, content, seed, label)
         self.order, self.words = order, parent.words
         self._sentences = parent.grammar.file.document.per_document("sentence")
-        needed = int(sample_tokens / length) + 1
-        sample = parent.documents(torch.arange(needed), detail=False).tokens
+        sampled = torch.arange(int(sample_tokens / length) + 1)
+        sample = parent.documents(sampled, detail=False).tokens
         gram = torch.zeros_like(sample)
         for back in range(order, -1, -1):
             gram = gram * size + sample.roll(back)
         self.grams = gram.sort().values
         contexts = self.grams // size
-        openings = contexts[contexts % size == self.end]
-        self._on = {"cpu": (self.grams, openings)}
+        self._openings = contexts[contexts % size == self.end]
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        if device not in self._on:
-            self._on[device] = tuple(table.to(device) for table in self._on["cpu"])
-        grams, openings = self._on[device]
+        grams, openings = self.grams.to(device), self._openings.to(device)
         size, keep = self.vocabulary_size, self.vocabulary_size ** (self.order - 1)
-        key = self._keys(ids, device)
-        context = openings[_scaled(counter.uniform(counter.subkey(key, 0)), len(openings))]
+        key, tokens = self._keys(ids, device), []
+        context = openings[_below(len(openings), counter.subkey(key, 0))]
         left = torch.full_like(key, self._sentences)
-        tokens = []
         while bool((left > 0).any()):
             low = torch.searchsorted(grams, context * size)
             high = torch.searchsorted(grams, (context + 1) * size)
-            drawn = counter.uniform(counter.subkey(key, 1 + len(tokens)))
-            token = grams[low + _scaled(drawn, high - low)] % size
+            chosen = low + _below(high - low, counter.subkey(key, 1 + len(tokens)))
+            token = grams[chosen] % size
             tokens.append(torch.where(left > 0, token, -1))
             context = context % keep * size + token
             left = left - (token == self.end).long()
@@ -251,6 +244,6 @@ class Chain(Corpus):
         return values
 
 
-def _scaled(draw, count):
-    """Integers in [0, count) from uniform draws below 2**BITS, without overflow."""
-    return ((draw >> (counter.BITS - 31)) * torch.as_tensor(count)) >> 31
+def _below(count, key):
+    """Uniform integers in [0, count) from keys; count <= 2**32, by 31 bits of each draw."""
+    return (counter.uniform(key) >> (counter.BITS - 31)) * count >> 31

@@ -1,8 +1,7 @@
 """Documents of a grammar: any by its number, on any device, with integer arithmetic only.
 
-Order of the draws: a document's latents (for each level that redraws, from the corpus down), a
-shape for each sentence, a rank for each word, and last the maps that turn ranks into tokens. Each
-draw has its own key (counter.py).
+First a document's latents, for each level that redraws, from the corpus down; then a shape for each
+sentence, a rank for each word, and the maps that turn ranks into tokens.
 """
 
 from functools import cached_property
@@ -38,25 +37,18 @@ class GrammarProcess(Corpus):
         return GrammarProcess(Grammar(self.grammar.file.model_dump() | fields), self.seed)
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,) >= 0; from HELD_OUT on they are held out.
-
-        Without `detail` only the fields tokens and document are filled.
-        """
         document_key = self._keys(ids, device)
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         layout = self.grammar.file.document
         per_document = layout.per_document("sentence")
         maps, habits, latent = self._latents(ids, document_key)
-
         number = torch.arange(len(ids) * per_document, device=device)
         unit = number * len(maps) // len(number)
         key = counter.subkey(document_key, 1)[:, None]
         key = counter.subkey(key, number[:per_document]).flatten()
-        training = ids < HELD_OUT
+        training = (ids < HELD_OUT).repeat_interleave(per_document)
         if self.held_out_limit and bool(training.any()):
-            chosen = training.repeat_interleave(per_document)
-            key = self._avoid_held_out(key, unit, maps, habits, chosen)
-
+            key = self._avoid_held_out(key, unit, maps, habits, training)
         token = self._sentences(key, unit, maps, habits)
         sentence = token["sentence"]
         token["document"] = sentence // per_document
@@ -79,17 +71,15 @@ class GrammarProcess(Corpus):
     @cached_property
     def words(self):
         """A word for each token; a full stop for the end."""
-        *roles, _ = zip(self.grammar.roles, self.grammar.sizes.tolist())
-        return [*words_of(dict(roles)), "."]
+        return [*words_of({name: role.size for name, role in self.grammar.file.roles.items()}), "."]
 
     @cached_property
     def bank(self):
         """The habits of each latent of the bank: {child: (latent, parent's size)}."""
-        latents, found = torch.arange(self.grammar.file.bank), {}
-        key = counter.subkey(counter.subkey(self._key, -3), latents)
-        for c, (child, parent) in enumerate(self.grammar.file.habits.items()):
-            size = int(self.grammar.sizes[self.grammar.roles.index(parent)])
-            found[child] = counter.shuffled(counter.subkey(key, c), size)
+        file, found = self.grammar.file, {}
+        key = counter.subkey(counter.subkey(self._key, -3), torch.arange(file.bank))
+        for c, (child, parent) in enumerate(file.habits.items()):
+            found[child] = counter.shuffled(counter.subkey(key, c), file.roles[parent].size)
         return found
 
     def token_frequencies(self):
@@ -133,19 +123,20 @@ class GrammarProcess(Corpus):
     # ------------------------------------------------------------------ latents
 
     def _latents(self, ids, document_key):
-        """Maps (unit, word) and habits {child: (unit, parent)}, by units of the finest level.
+        """By units of the finest level: maps (unit, word), habits {child: (unit, parent)}, latent.
 
-        And the latent's number (unit,) where they are of a bank.
+        The last is the number (unit,) of what is drawn from a bank.
         """
         grammar, file, latent = self.grammar, self.grammar.file, None
-        key_of = {"corpus": counter.subkey(self._key.to(ids.device), -1)[None]}
+        own_key = self._key.to(ids.device)
+        key_of = {"corpus": counter.subkey(own_key, -1)[None]}
         maps, habits = torch.arange(self.vocabulary_size, device=ids.device)[None], {}
         if file.binding > 0:
             for child in file.habits:
                 habits[child] = self._draw_habits(child, counter.subkey(key_of["corpus"], 2))
         held_out = (ids >= HELD_OUT) * HELD_OUT
         shared_by = held_out + (ids - held_out) // file.repetitions
-        key_of["document"] = counter.subkey(counter.subkey(self._key.to(ids.device), -2), shared_by)
+        key_of["document"] = counter.subkey(counter.subkey(own_key, -2), shared_by)
         for depth, level in enumerate(LEVELS[2:], 2):
             number = torch.arange(file.document.per_document(level), device=ids.device)
             key = counter.subkey(document_key, depth)[:, None]
@@ -174,11 +165,9 @@ class GrammarProcess(Corpus):
 
     def _draw_habits(self, child, key):
         """For each key and each rank of the child's parent, a rank from the child's own law."""
-        roles = self.grammar.roles
-        r, parent = roles.index(child), roles.index(self.grammar.file.habits[child])
-        ranks = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
-        key = counter.subkey(counter.subkey(key, r)[:, None], ranks)
-        return self._ranks.draw(r, key)
+        file, r = self.grammar.file, self.grammar.roles.index(child)
+        ranks = torch.arange(file.roles[file.habits[child]].size, device=key.device)
+        return self._ranks.draw(r, counter.subkey(counter.subkey(key, r)[:, None], ranks))
 
     # ------------------------------------------------------------------ sentences
 
@@ -186,9 +175,8 @@ class GrammarProcess(Corpus):
         """One sentence for each key, laid end to end: {field: (tokens,)}."""
         grammar = self.grammar
         token = self._roles(counter.subkey(key, 0))
-        role, place, binds_to, sentence = (
-            token[name] for name in ("role", "place", "binds_to", "sentence")
-        )
+        role, place, sentence = token["role"], token["place"], token["sentence"]
+        binds_to = token.pop("binds_to")
         word_key = counter.subkey(key[sentence], place + 1)
         rank = self._ranks.draw(role, word_key)
         if habits:
@@ -198,15 +186,11 @@ class GrammarProcess(Corpus):
                 parent_rank = rank[at - place[at] + binds_to[at]]
                 rank[at] = habits[child][unit[sentence[at]], parent_rank]
         cell = unit[sentence] * maps.shape[1] + self._begins.to(key.device)[role] + rank
-        del token["binds_to"]
         return {"tokens": maps.flatten()[cell], "rank": rank} | token
 
     def _roles(self, key):
-        """Fields role, place, binds_to, sentence, shape (tokens,) of one sentence for each key.
-
-        Where shapes are enumerated, one draw each; else a derivation, and no field shape.
-        """
-        if self.grammar.shapes is None:
+        """Fields role, place, binds_to, sentence, shape (tokens,) of one sentence for each key."""
+        if self.grammar.shapes is None:  # then there is no field shape
             return self._derivations.draw(key)
         shape = self._shapes.draw(0, key)
         roles, bindings, lengths = (table.to(key.device) for table in self._tables)
@@ -232,9 +216,8 @@ class GrammarProcess(Corpus):
         for shape in self.grammar.shapes:
             roles.append(torch.tensor([number[name] for name in shape.roles]))
             bindings.append(torch.tensor(shape.binds_to))
-        lengths = torch.tensor([len(row) for row in roles])
-        padded = [pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings)]
-        return (*padded, lengths)
+        roles, bindings = (pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings))
+        return roles, bindings, (roles >= 0).sum(1)
 
     # ------------------------------------------------------------------ sentences held out
 

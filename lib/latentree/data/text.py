@@ -43,27 +43,19 @@ class Text(Corpus):
         return Documents({name: value.to(device) for name, value in token.items()}, len(rows))
 
 
-def load_text(
-    source: str,
-    tokenizer,
-    documents: int,
-    vocabulary_size: int = 0,
-    shortest: int = 16,
-    longest: int = 4096,
-) -> Text:
+def load_text(source, tokenizer, documents, vocabulary_size=0, shortest=16, longest=4096) -> Text:
     """The first documents of `source` with at least `shortest` tokens, cut off after `longest`.
 
-    `source` is a text file (documents between empty lines), a .jsonl file (field text), "python"
+    `source` is a .txt file (documents between empty lines), a .jsonl file (field text), "python"
     for English that every Python brings along, or a data set on the hub, streamed: "allenai/c4" or,
-    with its configuration, "allenai/c4:en".
-    `vocabulary_size` is the model's, where it is larger than the tokenizer's (many are padded).
+    with its configuration, "allenai/c4:en". `vocabulary_size` is the model's, where it is larger
+    than the tokenizer's (many are padded).
     Raises ValueError for a tokenizer without an end token, or less than 2 documents.
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path}: has no end token; choose one that has"
-        )
+        told = f"tokenizer {tokenizer.name_or_path}: has no end token; choose one that has"
+        raise ValueError(told)
     kept = []
     for text in _texts(source):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
@@ -100,7 +92,7 @@ def _texts(source):
             yield row["text"]
 
 
-def _docstrings(file: Path) -> str:
+def _docstrings(file):
     """What a module, its classes and its functions say of themselves, by empty lines."""
     parts = ast.walk(ast.parse(file.read_bytes()))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -108,12 +100,8 @@ def _docstrings(file: Path) -> str:
     return "\n\n".join(filter(None, told))
 
 
-def _manual(letters: int = 800):
-    """Prose of Python's manual, as help() has it: its paragraphs without code.
-
-    First the language reference, then what its modules say of themselves. Paragraphs of a section,
-    or of a module, are put together until they have so many letters.
-    """
+def _manual(letters=800):
+    """Prose of Python's manual and modules, without code: documents of so many letters or more."""
     for section in chain(topics.values(), map(_docstrings, _LIBRARY)):
         prose = ""
         for paragraph in section.split("\n\n"):
