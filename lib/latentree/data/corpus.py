@@ -69,14 +69,12 @@ class Corpus(ABC):
     """Text of any kind: each document is a pure function of its number, so none is stored.
 
     - name, seed; kind ("PCFG", "flat", ...: its colour in figures) and label (its name there).
-    - vocabulary_size, and end, the token that closes a sentence or text (None: there is none).
-    - mean_document_length in tokens.
+    - vocabulary_size; end, the token that closes a sentence or text (None: there is none);
+      mean_document_length in tokens.
     - repetitions: how many documents in a row share their latents.
-    - held_out_limit: how many held-out documents have no sentence in common with training (None:
-      this is not asked).
-    - grammar: the Grammar that its sentences follow, or None.
-    - callers: without a grammar, how many of the words, the first ones, say which word mostly
-      follows them in a document (None: all).
+    - held_out_limit: how many held-out documents share no sentence with training (None: not asked).
+    - grammar: the Grammar that its sentences follow, or None; without one, callers: how many of the
+      words, the first ones, say which word mostly follows them in a document (None: all).
     """
 
     repetitions, held_out_limit, grammar, callers = 1, None, None, None
@@ -120,18 +118,15 @@ class Corpus(ABC):
     def training_ids(self, place):
         """Numbers of the documents that training reads at places (int64, any shape) of the text.
 
-        Where documents share latents, they are shuffled within blocks, so that those which share
-        lie far apart.
+        Those which share latents lie far apart: documents are shuffled within blocks.
         """
         if self.repetitions == 1:
             return place
         block = _BLOCK - _BLOCK % self.repetitions
-        key = self._key ^ counter.GOLDEN
-        number = place // block
-        shuffled = torch.empty_like(place)
+        number, shuffled = place // block, torch.empty_like(place)
         for n in number.unique().tolist():
             here = number == n
-            order = counter.shuffled(counter.subkey(key, n), block)
+            order = counter.shuffled(counter.subkey(self._key ^ counter.GOLDEN, n), block)
             shuffled[here] = n * block + order[place[here] % block]
         return shuffled
 
@@ -185,11 +180,10 @@ class Stream:
     """Training batches without end, (rows, context) tokens each, cut from a corpus in windows.
 
     Row b reads documents b, b + total_rows, b + 2 total_rows, ... of the corpus, one after the
-    other without a boundary mark. With packing `documents` each window begins with a document, the
-    next ones fill it up, and the one that its end cuts off begins the next window: all is read but
-    what a document says after its first `context` tokens. With packing `stream` windows follow each
-    other wherever they end. Which documents a row reads depends on nothing but `total_rows`, so any
-    number of processes, each with its own rows, sees the same corpus.
+    other without a boundary mark: any number of processes, each with its own rows, sees the same.
+    With packing `documents` each window begins with a document, the next ones fill it up, and the
+    one that its end cuts off begins the next window: all is read but what a document says after its
+    first `context` tokens. With packing `stream` windows follow each other wherever they end.
     """
 
     def __init__(
@@ -213,8 +207,7 @@ class Stream:
 
     def load_state_dict(self, state):
         """Go on where the stream of these rows stood that gave `state`."""
-        self._begins, self._used = [[at] for at in state["at"]], 0
-        self._batches = []
+        self._begins, self._batches, self._used = [[at] for at in state["at"]], [], 0
 
     def _refill(self):
         """Sample the next documents of each row and cut them into windows, as many in each row."""
@@ -259,12 +252,11 @@ def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
     """Windows of documents from number `first` on: one begins each row, others fill it up.
 
     Of documents that share their latents only the first is taken, so that windows are independent.
-    Returns {field: (sequences, context)} for every field of the documents, those that
-    `annotate(documents)` gives included (a dict of (tokens,) tensors).
-    Raises ValueError for more held-out text than the corpus keeps apart from training.
+    Returns {field: (sequences, context)} of the documents' fields and those of the dict that
+    `annotate(documents)` gives. ValueError for more held-out text than is kept out of training.
     """
-    per_row, shortest = int(context / corpus.mean_document_length), 0
-    while shortest < context:
+    per_row, lengths = int(context / corpus.mean_document_length), [0]
+    while min(lengths) < context:
         per_row += 1
         needed = first - HELD_OUT + sequences * per_row
         if first >= HELD_OUT and corpus.held_out_limit and needed > corpus.held_out_limit:
@@ -276,7 +268,6 @@ def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
         documents = corpus.documents(corpus.apart(first, sequences * per_row), device)
         row = documents.token["document"] // per_row
         lengths = torch.bincount(row).tolist()
-        shortest = min(lengths)
     if annotate:
         documents.token.update(annotate(documents))
     found = {}

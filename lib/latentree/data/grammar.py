@@ -1,9 +1,7 @@
 """A grammar, and what it says exactly: sentence shapes, lengths, frequencies.
 
-A grammar file gives a probabilistic context-free grammar over ROLES (subject, verb, ...), the words
-of each role, and the latents that decide which word a role's rank means in which part of the
-corpus. Tokens come from roles in two steps: the sentence grammar yields a string of roles, and a
-role draws a rank from its Zipf law, which the map of the place where it stands turns into a token.
+A probabilistic context-free grammar yields a string of ROLES (subject, verb, ...). Each role draws
+a rank from its Zipf law, and the map of the place where it stands turns the rank into a token.
 """
 
 from dataclasses import dataclass
@@ -52,11 +50,9 @@ class Shape:
 class Grammar:
     """A checked grammar and its exact quantities. Raises ValueError for one that cannot be sampled.
 
-    - file: the fields of its file; name; roles: their names, `end` last.
+    - file: the fields of its file; roles: their names, `end` last. Elsewhere roles are numbers.
     - sizes (roles,), frequencies[role] (size,) by rank, and words[role] (size,), the token of each
-      rank before any map: here and below roles go by number. role_of (vocabulary,) is each token's
-      role.
-    - vocabulary_size, and end, its last token.
+      rank before any map. role_of (vocabulary,) is each token's role, and end the last token.
     - nonterminals: their names, the start symbol first; productions: all Productions.
     """
 
@@ -72,11 +68,10 @@ class Grammar:
         self.vocabulary_size = int(self.sizes.sum())
         self.end = self.vocabulary_size - 1
         self.nonterminals, self.productions = self._read_sentence_grammar()
-        if max(len(self.roles), len(self.nonterminals)) > _MOST_SYMBOLS:
-            raise self._fault(
-                f"{len(self.roles)} roles and {len(self.nonterminals)} nonterminals; use at most "
-                f"{_MOST_SYMBOLS} of each"
-            )
+        roles, symbols = len(self.roles), len(self.nonterminals)
+        if max(roles, symbols) > _MOST_SYMBOLS:
+            told = f"{roles} roles and {symbols} nonterminals"
+            raise self._fault(f"{told}; use at most {_MOST_SYMBOLS} of each")
         self._check_expected_length()
         for child, parent in self.file.habits.items():
             if not any({child, parent} <= set(rule.right) for rule in self.productions):
@@ -104,9 +99,8 @@ class Grammar:
         symbols = dict.fromkeys([pcfg.start(), *(rule.lhs() for rule in pcfg.productions())])
         number = {symbol: i for i, symbol in enumerate(symbols)}
         known = {role: role for role in self.file.roles} | number
-        totals = np.zeros(len(number))
+        productions, totals = [], np.zeros(len(number))
         for rule in pcfg.productions():
-            totals[number[rule.lhs()]] += rule.prob()
             if not rule.rhs() or rule.prob() <= 0:
                 raise self._fault(f"'{rule}' yields nothing or has probability 0; remove it")
             for symbol in rule.rhs():
@@ -115,18 +109,15 @@ class Grammar:
                         f"'{rule}' uses {symbol!r}, which is neither a role "
                         f"({', '.join(self.file.roles)}) nor a symbol with a production"
                     )
-        productions = []
-        for rule in pcfg.productions():
-            left = number[rule.lhs()]
-            # nltk accepts sums within 0.01 of 1 (decimals of 1/3): here they are made exact.
-            share = rule.prob() / totals[left]
-            productions.append(
-                Production(left, tuple(known[symbol] for symbol in rule.rhs()), share)
-            )
+            left, right = number[rule.lhs()], tuple(known[symbol] for symbol in rule.rhs())
+            productions.append(Production(left, right, rule.prob()))
+            totals[left] += rule.prob()
+        # nltk accepts sums within 0.01 of 1 (decimals of 1/3): here they are made exact.
+        for i, (left, right, share) in enumerate(productions):
+            productions[i] = Production(left, right, share / totals[left])
         return list(number), productions
 
     def _check_expected_length(self):
-        """Refuse infinite expected length: an expansion must yield less than one of its kind."""
         values, vectors = np.linalg.eig(self._offspring)
         worst = np.argmax(abs(values))
         if abs(values[worst]) >= 1 - 1e-9:

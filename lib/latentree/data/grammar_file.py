@@ -124,15 +124,14 @@ def checked(content):
     try:
         return GrammarFile(**content)
     except ValidationError as error:
-        raise ValueError(
-            first_fault(error, content.get("name"), GrammarFile.model_fields)
-        ) from None
+        told = first_fault(error, content.get("name"), GrammarFile.model_fields)
+        raise ValueError(told) from None
 
 
 def first_fault(error, name, fields) -> str:
     """A line on the first of the `fields` of a grammar file that a ValidationError tells of."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(map(str, first["loc"]))
     given = "" if first["type"].startswith("missing") else f" = {first['input']!r}"
     mend = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
