@@ -40,7 +40,7 @@ def happens(probability, key):
 
 
 class Laws:
-    """Distributions (n,) side by side, each as its integer cumulative thresholds."""
+    """Distributions (n,) side by side, as integer cumulative limits; begins: where each one does."""
 
     def __init__(self, laws):
         limits = []
@@ -49,13 +49,13 @@ class Laws:
             limit = (cumulative / cumulative[-1] * 2**BITS).round().to(torch.int64)
             limits.append(limit + (number << BITS))
         self.limits = torch.cat(limits)
-        self._begins = torch.tensor([0, *map(len, limits)]).cumsum(0)
+        self.begins = torch.tensor([0, *map(len, limits)]).cumsum(0)
         self._on = {}
 
     def draw(self, number, key):
         """Index for each key from the distribution of a number, which broadcasts to the keys."""
         if key.device not in self._on:
-            self._on[key.device] = self.limits.to(key.device), self._begins.to(key.device)
+            self._on[key.device] = self.limits.to(key.device), self.begins.to(key.device)
         limits, begins = self._on[key.device]
         drawn = uniform(key) + (number << BITS)
         return torch.searchsorted(limits, drawn, right=True) - begins[number]

@@ -62,9 +62,8 @@ class Derivations:
         Of each node: its rule, its parent (index into the level above), which of that one's
         nonterminals it is, and where its own children begin in the level below.
         """
-        key = key.cpu().numpy()
-        symbol, parent, levels = np.zeros_like(key), np.zeros_like(key), []
-        child = parent
+        key, levels = key.cpu().numpy(), []
+        symbol = parent = child = np.zeros_like(key)
         while len(symbol):
             drawn = counter.uniform(key) + (symbol << counter.BITS)
             rule = self._limits.searchsorted(drawn, "right")
@@ -78,9 +77,9 @@ class Derivations:
         return levels
 
     def _laid_out(self, levels):
-        """Rule, first and last token (and one) of all nodes, and where a node's children begin.
+        """Of all nodes, by levels: rule, first token, last token (and one), where children begin.
 
-        Nodes go by levels; each sentence has one more token, its end.
+        Each sentence has one more token, its end.
         """
         ends = []  # of a level's nodes, if they stood side by side
         for rule, _, _, first in reversed(levels):
@@ -91,9 +90,8 @@ class Derivations:
             ends.append(length.cumsum())
         lengths = [np.diff(end, prepend=0) for end in reversed(ends)]
         begins = [lengths[0].cumsum() - lengths[0] + np.arange(len(lengths[0]))]
-        for (above, _, _, first), (_, parent, child, _), length in zip(
-            levels, levels[1:], lengths[1:]
-        ):
+        for here, below, length in zip(levels, levels[1:], lengths[1:]):
+            (above, _, _, first), (_, parent, child, _) = here, below
             side = length.cumsum() - length
             side -= side[first[parent]]
             begins.append(begins[-1][parent] + self._before[above[parent], child + 1] + side)

@@ -83,13 +83,12 @@ class FilteredTree(Corpus):
         """The tree of a document, by its number, with letters for symbols."""
         fields = self.documents([number]).token
         fields[f"level{self.depth}"] = fields["tokens"]
-        kept = [0, *range(max(1, self.filter), self.depth + 1)]
 
         def grown(level, node):
             label = chr(65 + fields[f"level{level}"][1 + node * 2 ** (self.depth - level)])
             if level == self.depth:
                 return label
-            below = kept[kept.index(level) + 1]
+            below = max(level + 1, self.filter)
             width = 2 ** (below - level)
             return Tree(label, [grown(below, node * width + child) for child in range(width)])
 

@@ -28,9 +28,7 @@ class GrammarProcess(Corpus):
         self.grammar, self.repetitions = grammar, file.repetitions
         self.held_out_limit = file.exclude_held_out or None
         self._ranks = counter.Laws(grammar.frequencies)
-        begins = (grammar.sizes.cumsum() - grammar.sizes).tolist()
-        self._begins = torch.tensor(begins)
-        self._columns = [slice(at, at + n) for at, n in zip(begins, grammar.sizes.tolist())]
+        self._columns = [slice(words[0], words[-1] + 1) for words in grammar.words]
 
     def changed(self, **fields):
         """The same corpus and seed, with other values for some fields of its grammar file."""
@@ -110,7 +108,7 @@ class GrammarProcess(Corpus):
         for production in grammar.productions:
             for role in production.roles:
                 r = grammar.roles.index(role)
-                size, kept = int(grammar.sizes[r]), 1.0
+                size, kept = grammar.role_specs[r].size, 1.0
                 if grammar.role_specs[r].has_map:
                     for share in shares:
                         kept *= min(1.0, (size - round(share * size)) / (size - 1))
@@ -185,7 +183,7 @@ class GrammarProcess(Corpus):
                 at = (follows & (role == grammar.roles.index(child))).nonzero()[:, 0]
                 parent_rank = rank[at - place[at] + binds_to[at]]
                 rank[at] = habits[child][unit[sentence[at]], parent_rank]
-        cell = unit[sentence] * maps.shape[1] + self._begins.to(key.device)[role] + rank
+        cell = unit[sentence] * maps.shape[1] + self._ranks.begins.to(key.device)[role] + rank
         return {"tokens": maps.flatten()[cell], "rank": rank} | token
 
     def _roles(self, key):
