@@ -21,9 +21,9 @@ class Derivations:
 
     def __init__(self, grammar):
         self._grammar = grammar
-        rules = sorted(enumerate(grammar.productions), key=lambda rule: rule[1].left)
-        self._choices = np.array([i for i, _ in rules])  # the production of each rule
-        rules = [rule for _, rule in rules]
+        lefts = [rule.left for rule in grammar.productions]
+        self._choices = np.argsort(lefts, stable=True)  # the production of each rule
+        rules = [grammar.productions[i] for i in self._choices]
         laws = [[] for _ in grammar.nonterminals]
         for rule in rules:
             laws[rule.left].append(rule.probability)
@@ -32,17 +32,9 @@ class Derivations:
         self._nodes = np.array([len(rule.nonterminals) for rule in rules])
         self._roles = np.array([len(rule.roles) for rule in rules])
         self._first_spot = self._roles.cumsum() - self._roles
-        spots, before = self._where(rules)
-        self._spots, self._before = np.array(spots), _padded(before)
-
-    def _where(self, rules):
-        """Of each role in a production: (role, nonterminals before it, whom it follows or -1).
-
-        Whom it follows is a number among the production's roles. And of each production: how many
-        roles stand before its start, its first nonterminal, its second one, ...
-        """
-        number = {role: r for r, role in enumerate(self._grammar.roles)}
-        habits = self._grammar.file.habits
+        # Of each role in a rule: (role, nonterminals before it, whom it follows), the last a number
+        # among the rule's roles or -1; of each rule: the roles before its start, its first
+        # nonterminal, its second one, ...
         spots, before = [], []
         for rule in rules:
             begins, seen = [0], 0
@@ -50,11 +42,11 @@ class Derivations:
                 if not isinstance(symbol, str):
                     begins.append(seen)
                     continue
-                followed, seen = habits.get(symbol), seen + 1
+                followed, seen = grammar.file.habits.get(symbol), seen + 1
                 parent = rule.roles.index(followed) if followed in rule.roles else -1
-                spots.append((number[symbol], len(begins) - 1, parent))
+                spots.append((grammar.roles.index(symbol), len(begins) - 1, parent))
             before.append(begins)
-        return spots, before
+        self._spots, self._before = np.array(spots), _padded(before)
 
     def _grow(self, key):
         """The levels of the trees, the roots first: a list of (rule, parent, child, first).

@@ -7,6 +7,7 @@ a rank from its Zipf law, and the map of the place where it stands turns the ran
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from math import prod
 from typing import NamedTuple
 
 import nltk
@@ -169,10 +170,9 @@ class Grammar:
     def role_counts(self):
         """Expected number of tokens of each role in a sentence, the end token included."""
         counts = np.zeros(len(self.roles))
-        for production in self.productions:
-            for role in production.roles:
-                expansions = self.visits[production.left] * production.probability
-                counts[self.roles.index(role)] += expansions
+        for rule in self.productions:
+            for role in rule.roles:
+                counts[self.roles.index(role)] += self.visits[rule.left] * rule.probability
         counts[-1] = 1.0
         return counts
 
@@ -202,10 +202,8 @@ class Grammar:
             return None
         shapes = []
         for choices in derivations:
-            probability = 1.0
-            for number in reversed(choices):
-                probability *= self.productions[number].probability
-            shapes.append(self.shape(choices, probability))
+            chances = [self.productions[number].probability for number in reversed(choices)]
+            shapes.append(self.shape(choices, prod(chances)))
         return sorted(shapes, key=lambda shape: (-shape.probability, shape.roles))
 
     def _expansions(self):

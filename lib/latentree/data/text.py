@@ -8,8 +8,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
+from latentree.data.corpus import HELD_OUT, Corpus, Documents, side_by_side
 
 _LIBRARY = sorted(Path(ast.__file__).parent.glob("*.py"))  # the modules that Python brings along
 
@@ -36,11 +37,7 @@ class Text(Corpus):
                 "give a longer text, or fewer or shorter sequences"
             )
         rows = [self._documents[at] for at in place]
-        lengths = torch.tensor([len(row) for row in rows])
-        document = torch.arange(len(rows)).repeat_interleave(lengths)
-        token = {"tokens": torch.cat(rows), "document": document}
-        token["position"] = position_within(document)
-        return Documents({name: value.to(device) for name, value in token.items()}, len(rows))
+        return side_by_side({"tokens": pad_sequence(rows, True, padding_value=-1).to(device)})
 
 
 def load_text(source, tokenizer, documents, vocabulary_size=0, shortest=16, longest=4096) -> Text:
