@@ -10,6 +10,7 @@ import torch
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer: the increment of SplitMix64
 BITS = 52  # a uniform draw is an integer below 2**BITS
+MOST = 2047  # distributions whose draws lie side by side in 63 bits
 
 
 def mix(key):
@@ -43,6 +44,8 @@ class Laws:
     """Distributions (n,) side by side, as integer cumulative limits; begins: where each one does."""
 
     def __init__(self, laws):
+        if len(laws) > MOST:
+            raise ValueError(f"{len(laws)} distributions to draw from: use at most {MOST}")
         limits = []
         for number, law in enumerate(laws):
             cumulative = torch.as_tensor(law, dtype=torch.float64).cumsum(0)

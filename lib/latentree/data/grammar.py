@@ -14,10 +14,10 @@ import nltk
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
+from latentree.data.counter import MOST
 from latentree.data.grammar_file import END, Role, checked
 
 _SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
-_MOST_SYMBOLS = 2047  # whose draws lie side by side in 64 bits, 52 of them for each
 
 
 class Production(NamedTuple):
@@ -70,9 +70,9 @@ class Grammar:
         self.end = self.vocabulary_size - 1
         self.nonterminals, self.productions = self._read_sentence_grammar()
         roles, symbols = len(self.roles), len(self.nonterminals)
-        if max(roles, symbols) > _MOST_SYMBOLS:
-            told = f"{roles} roles and {symbols} nonterminals"
-            raise self._fault(f"{told}; use at most {_MOST_SYMBOLS} of each")
+        if max(roles, symbols) > MOST:
+            told = f"{roles} roles and {symbols} nonterminals; use at most {MOST} of each"
+            raise self._fault(told)
         self._check_expected_length()
         for child, parent in self.file.habits.items():
             if not any({child, parent} <= set(rule.right) for rule in self.productions):

@@ -84,8 +84,8 @@ def reader_losses(process, rows: dict, role_loss, maps=1024, seed=0) -> torch.Te
     check_known(grammar)
     shapes, choices = grammar.shapes, _maps_of(grammar, maps, seed)
     begins = np.array([words[0] for words in grammar.words])
-    shape = "shape" if grammar.file.binding else "place"  # which nothing asks for then
-    fields = ("tokens", "role", "place", "unit", shape)
+    fields = ["tokens", "role", "place", "unit"]
+    fields.append("shape" if grammar.file.binding else "place")  # which nothing asks for then
     losses = torch.zeros(rows["tokens"].shape, dtype=torch.float64)
     for row, columns in enumerate(zip(*(rows[name].tolist() for name in fields))):
         last_unit, known, words = None, {}, []
