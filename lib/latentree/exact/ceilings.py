@@ -32,7 +32,7 @@ def expected(grammar):
     word it follows and the roles are large, or where the roles so far leave open whom a word
     follows; the last row is always exact. ValueError where a whole sentence leaves that open.
     """
-    shapes, mass = _enumerated(grammar), defaultdict(float)
+    shapes, mass = enumerated(grammar), defaultdict(float)
     for shape in shapes:
         for end in range(len(shape.roles) + 1):
             mass[shape.roles[:end]] += shape.probability
@@ -75,7 +75,8 @@ def in_sentence(grammar):
     return entropy / grammar.mean_length
 
 
-def _enumerated(grammar):
+def enumerated(grammar):
+    """The grammar's shapes; ValueError if they cannot be enumerated."""
     if grammar.shapes is None:
         raise ValueError(
             f"grammar {grammar.name}: its sentence shapes cannot be enumerated (recursive, or too "
@@ -87,7 +88,7 @@ def _enumerated(grammar):
 def _by_roles(grammar):
     """The shapes, those that have the same roles together: a list of lists."""
     groups = defaultdict(list)
-    for shape in _enumerated(grammar):
+    for shape in enumerated(grammar):
         groups[shape.roles].append(shape)
     return list(groups.values())
 

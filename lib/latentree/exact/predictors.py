@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from latentree.data.corpus import held_out
 from latentree.data.grammar import open_binding
+from latentree.exact.ceilings import enumerated
 from latentree.exact.parser import PrefixParser
 
 
@@ -47,19 +48,15 @@ def predictive(grammar, documents, latent_aware=True, log_token=False):
     With `log_token` only log p(token), (tokens,). `documents` are whole ones, of a GrammarProcess.
     Raises ValueError for a grammar whose shapes cannot be enumerated.
     """
-    if grammar.shapes is None:
-        raise ValueError(
-            f"grammar {grammar.name}: whole distributions need shapes that can be enumerated; use "
-            "token_losses"
-        )
+    shapes = enumerated(grammar)
     sentences = _Sentences(grammar, documents, latent_aware)
     size = () if log_token else (grammar.vocabulary_size,)
     result = torch.zeros((*sentences.kept.shape, *size), dtype=torch.float64)
-    prior = torch.tensor([shape.probability for shape in grammar.shapes], dtype=torch.float64)
+    prior = torch.tensor([shape.probability for shape in shapes], dtype=torch.float64)
     weight = prior.repeat(len(result), 1)  # of each shape and the words so far
     for place in range(result.shape[1]):
         total = weight.sum(1)
-        for number, shape in enumerate(grammar.shapes):
+        for number, shape in enumerate(shapes):
             if place >= len(shape.roles):
                 weight[:, number] = 0
                 continue
