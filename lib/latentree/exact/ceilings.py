@@ -66,7 +66,7 @@ def in_sentence(grammar):
     if grammar.file.bank:
         raise ValueError(
             f"grammar {grammar.name}: bank = {grammar.file.bank}: its habits are no independent "
-            "draws; use reader.reader_losses, which knows the bank"
+            "draws; use reader.bank_losses"
         )
     entropy = 0.0
     for shapes in _by_roles(grammar):
