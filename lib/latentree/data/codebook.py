@@ -1,64 +1,46 @@
 """The codebook process: one hidden code answers all cues of a sequence.
 
-The number of codes is a dial. With few, the code itself is inferred from any answers, and applied
-to any cue; with many, all that helps is what this very cue was answered before. exact/codebook.py
-has its exact predictors.
+With few codes the code is inferred from any answers, and applied to any cue; with many, all that
+helps is what this very cue was answered before. exact/codebook.py has the exact predictors.
 """
 
 import torch
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents
+from latentree.data.corpus import Corpus, Documents, side_by_side
 
 
 class Codebook(Corpus):
     """Sequences of segments, each a cue and its answer by the sequence's code.
 
-    A sequence draws one of the codes, all alike, and each segment a cue, all alike. The answer is
-    what the code says of the cue, or with probability `noise` any answer, all alike. Tokens are the
-    cues 0, 1, ... and after them the answers. There is no end token.
-
-    Attributes beside a corpus's: code (codes, cues), the answer that each code gives to each cue
-    (0, 1, ...), which follows from `seed`; cues, answers, segments (numbers) and noise.
+    Codes and cues are drawn uniformly. The answer is what the code says of the cue, or with
+    probability `noise` any answer, all alike. Tokens are the cues 0, 1, ... and after them the
+    answers; there is no end token. code (codes, cues) is each code's answer (0, 1, ...) to each
+    cue, from `seed`.
     """
 
     def __init__(self, codes=8, cues=16, answers=4, segments=32, noise=0.25, seed=0):
         self.cues, self.answers, self.segments, self.noise = cues, answers, segments, noise
-        super().__init__(
-            name=f"codebook-{codes}",
-            kind="codebook",
-            vocabulary_size=cues + answers,
-            end=None,
-            mean_document_length=2 * segments,
-            content=["codebook", codes, cues, answers, segments, noise],
-            seed=seed,
-            label=f"codebook, {codes} codes",
-        )
+        name, label = f"codebook-{codes}", f"codebook, {codes} codes"
+        content = ["codebook", codes, cues, answers, segments, noise]
+        size = cues + answers
+        super().__init__(name, "codebook", size, None, 2 * segments, content, seed, label)
         draw = torch.Generator().manual_seed(seed)
         self.code = torch.randint(answers, (codes, cues), generator=draw)
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Sequences by number; field latent is the number of the code."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        key = counter.subkey(counter.mix(torch.tensor(self.seed, device=device)), ids)
+        key = self._keys(ids, device)
         segment = torch.arange(self.segments, device=device)
         of_segment = counter.subkey(key[:, None], 1 + segment)
-
-        def drawn(keys, number, count):
-            return counter.uniform(counter.subkey(keys, number)) * count >> counter.BITS
-
-        latent = drawn(key, 0, len(self.code))[:, None].expand_as(of_segment)
-        cue, other = drawn(of_segment, 0, self.cues), drawn(of_segment, 1, self.answers)
-        noisy = counter.uniform(counter.subkey(of_segment, 2)) < int(self.noise * 2**counter.BITS)
+        latent = counter.below(len(self.code), counter.subkey(key, 0))
+        latent = latent[:, None].expand_as(of_segment)
+        cue = counter.below(self.cues, counter.subkey(of_segment, 0))
+        other = counter.below(self.answers, counter.subkey(of_segment, 1))
+        noisy = counter.happens(self.noise, counter.subkey(of_segment, 2))
         answer = torch.where(noisy, other, self.code.to(device)[latent, cue])
-        tokens = self.tokens(cue, answer)
-        fields = {
-            "tokens": tokens,
-            "document": torch.arange(len(ids), device=device)[:, None].expand_as(tokens),
-            "position": torch.arange(tokens.shape[1], device=device).expand_as(tokens),
-            "latent": latent.repeat_interleave(2, 1),
-        }
-        return Documents({name: value.flatten() for name, value in fields.items()}, len(ids))
+        latent = latent.repeat_interleave(2, 1)
+        return side_by_side({"tokens": self.tokens(cue, answer), "latent": latent})
 
     def tokens(self, cue, answer) -> torch.Tensor:
         """Tokens (sequence, 2 segments) of cues and answers (sequence, segment)."""

@@ -56,18 +56,25 @@ def position_within(group):
     return torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
 
 
+def side_by_side(rows) -> Documents:
+    """Documents from fields (documents, longest), one a row, tokens -1 past its end."""
+    kept = rows["tokens"] >= 0
+    token = {name: field[kept] for name, field in rows.items()}
+    token["document"] = kept.nonzero()[:, 0]
+    token["position"] = position_within(token["document"])
+    return Documents(token, len(kept))
+
+
 class Corpus(ABC):
     """Text of any kind: each document is a pure function of its number, so none is stored.
 
     - name, seed; kind ("PCFG", "flat", ...: its colour in figures) and label (its name there).
-    - vocabulary_size, and end, the token that closes a sentence or text (None: there is none).
-    - mean_document_length in tokens.
+    - vocabulary_size; end, the token that closes a sentence or text (None: there is none);
+      mean_document_length in tokens.
     - repetitions: how many documents in a row share their latents.
-    - held_out_limit: how many held-out documents have no sentence in common with training (None:
-      this is not asked).
-    - grammar: the Grammar that its sentences follow, or None.
-    - callers: without a grammar, how many of the words, the first ones, say which word mostly
-      follows them in a document (None: all).
+    - held_out_limit: how many held-out documents share no sentence with training (None: not asked).
+    - grammar: the Grammar that its sentences follow, or None; without one, callers: how many of the
+      words, the first ones, say which word mostly follows them in a document (None: all).
     """
 
     repetitions, held_out_limit, grammar, callers = 1, None, None, None
@@ -78,7 +85,7 @@ class Corpus(ABC):
         self.name, self.kind, self.label, self.seed = name, kind, label or name, seed
         self.vocabulary_size, self.end = vocabulary_size, end
         self.mean_document_length = mean_document_length
-        self._content = content
+        self._content, self._key = content, counter.mix(torch.tensor(seed))
 
     @abstractmethod
     def documents(self, ids, device="cpu", detail=True) -> Documents:
@@ -87,7 +94,14 @@ class Corpus(ABC):
         Without `detail` only the fields tokens and document need be filled.
         """
 
-    @property
+    def _keys(self, ids, device):
+        """A key for each document by its number, from which all of it is drawn: (documents,)."""
+        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
+        if len(ids) == 0 or ids.min() < 0:
+            raise ValueError(f"{self.name}: ids {ids.tolist()[:3]}; ask for at least one id >= 0")
+        return counter.subkey(self._key.to(device), ids)
+
+    @cached_property
     def words(self) -> list[str]:
         """A word for each token, to be shown: w0, w1, ..., unless the corpus has better ones."""
         return [f"w{token}" for token in range(self.vocabulary_size)]
@@ -104,18 +118,15 @@ class Corpus(ABC):
     def training_ids(self, place):
         """Numbers of the documents that training reads at places (int64, any shape) of the text.
 
-        Where documents share latents, they are shuffled within blocks, so that those which share
-        lie far apart.
+        Those which share latents lie far apart: documents are shuffled within blocks.
         """
         if self.repetitions == 1:
             return place
         block = _BLOCK - _BLOCK % self.repetitions
-        key = counter.mix(torch.tensor(self.seed)) ^ counter.GOLDEN
-        number = place // block
-        shuffled = torch.empty_like(place)
+        number, shuffled = place // block, torch.empty_like(place)
         for n in number.unique().tolist():
             here = number == n
-            order = counter.shuffled(counter.subkey(key, n), block)
+            order = counter.shuffled(counter.subkey(self._key ^ counter.GOLDEN, n), block)
             shuffled[here] = n * block + order[place[here] % block]
         return shuffled
 
@@ -169,11 +180,10 @@ class Stream:
     """Training batches without end, (rows, context) tokens each, cut from a corpus in windows.
 
     Row b reads documents b, b + total_rows, b + 2 total_rows, ... of the corpus, one after the
-    other without a boundary mark. With packing `documents` each window begins with a document, the
-    next ones fill it up, and the one that its end cuts off begins the next window: all is read but
-    what a document says after its first `context` tokens. With packing `stream` windows follow each
-    other wherever they end. Which documents a row reads depends on nothing but `total_rows`, so any
-    number of processes, each with its own rows, sees the same corpus.
+    other without a boundary mark: any number of processes, each with its own rows, sees the same.
+    With packing `documents` each window begins with a document, the next ones fill it up, and the
+    one that its end cuts off begins the next window: all is read but what a document says after its
+    first `context` tokens. With packing `stream` windows follow each other wherever they end.
     """
 
     def __init__(
@@ -197,8 +207,7 @@ class Stream:
 
     def load_state_dict(self, state):
         """Go on where the stream of these rows stood that gave `state`."""
-        self._begins, self._used = [[at] for at in state["at"]], 0
-        self._batches = []
+        self._begins, self._batches, self._used = [[at] for at in state["at"]], [], 0
 
     def _refill(self):
         """Sample the next documents of each row and cut them into windows, as many in each row."""
@@ -239,21 +248,15 @@ class Stream:
         return begins
 
 
-def _rows(field, row):
-    """A field (tokens,) cut into rows, by the row of each token, in order."""
-    return field.split(torch.bincount(row).tolist())
-
-
 def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
     """Windows of documents from number `first` on: one begins each row, others fill it up.
 
     Of documents that share their latents only the first is taken, so that windows are independent.
-    Returns {field: (sequences, context)} for every field of the documents, those that
-    `annotate(documents)` gives included (a dict of (tokens,) tensors).
-    Raises ValueError for more held-out text than the corpus keeps apart from training.
+    Returns {field: (sequences, context)} of the documents' fields and those of the dict that
+    `annotate(documents)` gives. ValueError for more held-out text than is kept out of training.
     """
-    per_row, shortest = int(context / corpus.mean_document_length), 0
-    while shortest < context:
+    per_row, lengths = int(context / corpus.mean_document_length), [0]
+    while min(lengths) < context:
         per_row += 1
         needed = first - HELD_OUT + sequences * per_row
         if first >= HELD_OUT and corpus.held_out_limit and needed > corpus.held_out_limit:
@@ -264,12 +267,12 @@ def windows(corpus, sequences, context, first=0, device="cpu", annotate=None):
             )
         documents = corpus.documents(corpus.apart(first, sequences * per_row), device)
         row = documents.token["document"] // per_row
-        shortest = int(torch.bincount(row).min())
+        lengths = torch.bincount(row).tolist()
     if annotate:
         documents.token.update(annotate(documents))
     found = {}
     for name, value in documents.token.items():
-        found[name] = torch.stack([part[:context] for part in _rows(value, row)])
+        found[name] = torch.stack([part[:context] for part in value.split(lengths)])
     return found
 
 

@@ -1,9 +1,8 @@
-"""Random numbers from counters: every draw is a pure function of integer keys.
+"""Random numbers from counters: a draw is the hash of an integer key, and of nothing else.
 
-A draw is the hash of a key, so it does not depend on what was drawn before it, in which batch, by
-which process or on which device: all arithmetic is on 64-bit integers, which wrap alike everywhere.
-The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
-number generators").
+So it is the same in any order, batch, process and on any device: 64-bit integers wrap alike
+everywhere. The hash is the finaliser of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable
+pseudorandom number generators").
 """
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer: the increment of SplitMix64
 BITS = 52  # a uniform draw is an integer below 2**BITS
+MOST = 2047  # distributions whose draws lie side by side in 63 bits
 
 
 def mix(key):
@@ -30,38 +30,47 @@ def uniform(key):
     return (mix(key) >> (64 - BITS)) & ((1 << BITS) - 1)
 
 
-def thresholds(probabilities):
-    """Integer cumulative thresholds (n,) with which `draw` gives index i with probability p[i]."""
-    cumulative = torch.as_tensor(probabilities, dtype=torch.float64).cumsum(-1)
-    limits = (cumulative / cumulative[..., -1:] * 2**BITS).round().to(torch.int64)
-    return limits
+def below(count, key):
+    """Uniform integers in [0, count) from keys; count <= 2**11."""
+    return uniform(key) * count >> BITS
 
 
-def draw(limits, key):
-    """Index drawn for each key from the distribution that `limits` (n,) describes."""
-    return torch.searchsorted(limits, uniform(key), right=True).clamp_(max=limits.shape[-1] - 1)
+def happens(probability, key):
+    """True with a probability, for each key."""
+    return uniform(key) < int(probability * 2**BITS)
 
 
-def draw_rows(rows, row, key):
-    """Index for each key from the distribution rows[row]; rows (n, m), `row` broadcasts to key."""
-    limits = thresholds(rows)
-    offset = torch.arange(len(limits))[:, None] << BITS
-    flat = (limits + offset).flatten().to(key.device)
-    found = torch.searchsorted(flat, uniform(key) + (row << BITS), right=True)
-    return (found - row * limits.shape[1]).clamp(max=limits.shape[1] - 1)
+class Laws:
+    """Distributions (n,) side by side, as integer cumulative limits; begins: where each one does."""
+
+    def __init__(self, laws):
+        if len(laws) > MOST:
+            raise ValueError(f"{len(laws)} distributions to draw from: use at most {MOST}")
+        limits = []
+        for number, law in enumerate(laws):
+            cumulative = torch.as_tensor(law, dtype=torch.float64).cumsum(0)
+            limit = (cumulative / cumulative[-1] * 2**BITS).round().to(torch.int64)
+            limits.append(limit + (number << BITS))
+        self.limits = torch.cat(limits)
+        self.begins = torch.tensor([0, *map(len, limits)]).cumsum(0)
+        self._on = {}
+
+    def draw(self, number, key):
+        """Index for each key from the distribution of a number, which broadcasts to the keys."""
+        if key.device not in self._on:
+            self._on[key.device] = self.limits.to(key.device), self.begins.to(key.device)
+        limits, begins = self._on[key.device]
+        drawn = uniform(key) + (number << BITS)
+        return torch.searchsorted(limits, drawn, right=True) - begins[number]
 
 
 def shuffled(key, size):
     """A uniformly random order of `size` < 2**20 items for each key: (..., size).
 
-    Items are sorted by random numbers that carry the item in their low 20 bits. NumPy sorts rows
-    several times faster than torch on a CPU; the numbers are distinct, so both give the same order.
+    Items are sorted by random numbers that carry the item in their low 20 bits, all distinct.
     """
     place = torch.arange(size, device=key.device)
     tagged = subkey(key[..., None], place) & ~0xFFFFF | place
-    ordered = (
-        torch.from_numpy(np.sort(tagged.numpy(), -1))
-        if tagged.device.type == "cpu"
-        else tagged.sort(-1).values
-    )
-    return ordered & 0xFFFFF
+    if tagged.device.type == "cpu":  # where NumPy sorts rows several times faster than torch
+        return torch.from_numpy(np.sort(tagged.numpy(), -1)) & 0xFFFFF
+    return tagged.sort(-1).values & 0xFFFFF

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from latentree.data import counter
 
@@ -20,31 +21,20 @@ class Derivations:
 
     def __init__(self, grammar):
         self._grammar = grammar
-        rules = sorted(enumerate(grammar.productions), key=lambda rule: rule[1].left)
-        self._choices = np.array([i for i, _ in rules])  # the production of each rule
-        rules = [rule for _, rule in rules]
+        lefts = [rule.left for rule in grammar.productions]
+        self._choices = np.argsort(lefts, stable=True)  # the production of each rule
+        rules = [grammar.productions[i] for i in self._choices]
         laws = [[] for _ in grammar.nonterminals]
         for rule in rules:
             laws[rule.left].append(rule.probability)
-        limits = [counter.thresholds(law) + (s << counter.BITS) for s, law in enumerate(laws)]
-        self._limits = torch.cat(limits).numpy()
+        self._limits = counter.Laws(laws).limits.numpy()
         self._below = _padded([rule.nonterminals for rule in rules])
         self._nodes = np.array([len(rule.nonterminals) for rule in rules])
         self._roles = np.array([len(rule.roles) for rule in rules])
         self._first_spot = self._roles.cumsum() - self._roles
-        spots, before = self._where(rules)
-        self._spots, self._before = np.array(spots), _padded(before)
-
-    def _where(self, rules):
-        """Of each role in a production: (role, nonterminals before it, whom it follows or -1).
-
-        Whom it follows is a number among the production's roles. And for each production how many
-        roles stand before its start, its first nonterminal, its second one, ...
-        """
-        number, habits = (
-            {r: i for i, r in enumerate(self._grammar.roles)},
-            self._grammar.file.habits,
-        )
+        # Of each role in a rule: (role, nonterminals before it, whom it follows), the last a number
+        # among the rule's roles or -1; of each rule: the roles before its start, its first
+        # nonterminal, its second one, ...
         spots, before = [], []
         for rule in rules:
             begins, seen = [0], 0
@@ -52,11 +42,11 @@ class Derivations:
                 if not isinstance(symbol, str):
                     begins.append(seen)
                     continue
-                followed, seen = habits.get(symbol), seen + 1
+                followed, seen = grammar.file.habits.get(symbol), seen + 1
                 parent = rule.roles.index(followed) if followed in rule.roles else -1
-                spots.append((number[symbol], len(begins) - 1, parent))
+                spots.append((grammar.roles.index(symbol), len(begins) - 1, parent))
             before.append(begins)
-        return spots, before
+        self._spots, self._before = np.array(spots), _padded(before)
 
     def _grow(self, key):
         """The levels of the trees, the roots first: a list of (rule, parent, child, first).
@@ -64,9 +54,8 @@ class Derivations:
         Of each node: its rule, its parent (index into the level above), which of that one's
         nonterminals it is, and where its own children begin in the level below.
         """
-        key = key.cpu().numpy()
-        symbol, parent, levels = np.zeros_like(key), np.zeros_like(key), []
-        child = parent
+        key, levels = key.cpu().numpy(), []
+        symbol = parent = child = np.zeros_like(key)
         while len(symbol):
             drawn = counter.uniform(key) + (symbol << counter.BITS)
             rule = self._limits.searchsorted(drawn, "right")
@@ -80,9 +69,9 @@ class Derivations:
         return levels
 
     def _laid_out(self, levels):
-        """Rule, first and last token (and one) of all nodes, and where a node's children begin.
+        """Of all nodes, by levels: rule, first token, last token (and one), where children begin.
 
-        Nodes go by levels; each sentence has one more token, its end.
+        Each sentence has one more token, its end.
         """
         ends = []  # of a level's nodes, if they stood side by side
         for rule, _, _, first in reversed(levels):
@@ -93,9 +82,8 @@ class Derivations:
             ends.append(length.cumsum())
         lengths = [np.diff(end, prepend=0) for end in reversed(ends)]
         begins = [lengths[0].cumsum() - lengths[0] + np.arange(len(lengths[0]))]
-        for (above, _, _, first), (_, parent, child, _), length in zip(
-            levels, levels[1:], lengths[1:]
-        ):
+        for here, below, length in zip(levels, levels[1:], lengths[1:]):
+            (above, _, _, first), (_, parent, child, _) = here, below
             side = length.cumsum() - length
             side -= side[first[parent]]
             begins.append(begins[-1][parent] + self._before[above[parent], child + 1] + side)
@@ -108,13 +96,14 @@ class Derivations:
         """Fields role, place, binds_to (-1: no word), sentence (tokens,) of a sentence a key."""
         rule, begin, end, children = self._laid_out(self._grow(key))
         node = np.arange(len(rule)).repeat(self._roles[rule])
-        number = _within(node)  # among the roles of its production
+        before = self._roles[rule].cumsum() - self._roles[rule]
+        number = np.arange(len(node)) - before[node]  # among the roles of its production
         role, nodes, parent = self._spots[self._first_spot[rule[node]] + number].T
         edge = end[(children[node] + nodes - 1).clip(max=len(end) - 1)]  # of the child before
         at = np.where(nodes > 0, edge, begin[node]) + number - self._before[rule[node], nodes]
         lengths = end[: len(key)] - begin[: len(key)] + 1
         sentence = np.arange(len(key)).repeat(lengths)
-        place = _within(sentence)
+        place = np.arange(len(sentence)) - begin[sentence]
         of_token = np.full_like(place, len(self._grammar.roles) - 1)
         of_token[at] = role
         binds_to = np.full_like(place, -1)
@@ -154,13 +143,5 @@ class _Shapes(Sequence):
 
 def _padded(rows):
     """Lists of numbers as an array (row, longest), 0 past their ends."""
-    table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    for row, numbers in zip(table, rows):
-        row[: len(numbers)] = numbers
-    return table
-
-
-def _within(group):
-    """0, 1, 2, ... within each run of equal numbers of a sorted array (n,)."""
-    counts = np.bincount(group)
-    return np.arange(len(group)) - (counts.cumsum() - counts)[group]
+    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(rows, batch_first=True).numpy()

@@ -21,15 +21,12 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_plain(self, node):
         """A number in decimal digits, or true or false."""
         decimal = r"[-+]?(0|[1-9]\d*(_\d+)*|[0-9_]*\.[^:]*)|true|false"
+        read = getattr(super(), f"construct_yaml_{node.tag.rsplit(':', 1)[1]}")(node)
         if not re.fullmatch(decimal, node.value.lower()):
-            told = f"{node.value or 'nothing'} would be read as {self._read_as(node)}: write what "
+            told = f"{node.value or 'nothing'} would be read as {read}: write what "
             told += f"is meant, as a word '{node.value}' in quotes"
             raise yaml.MarkedYAMLError(problem=told, problem_mark=node.start_mark)
-        return self._read_as(node)
-
-    def _read_as(self, node):
-        kind = node.tag.rsplit(":", 1)[1]
-        return getattr(super(), f"construct_yaml_{kind}")(node)
+        return read
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
@@ -50,8 +47,7 @@ def read_yaml(path) -> dict:
         try:
             values = yaml.load(file, _StrictLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            told = " ".join(str(error).split())
-            raise ValueError(f"{path}: is not YAML: {told}") from None
+            raise ValueError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds {values!r}; write lines `name: value`")
     return values

@@ -9,21 +9,18 @@ from nltk import Tree
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents, strictly
+from latentree.data.corpus import Corpus, Documents, side_by_side, strictly
 
 
 class FilteredTree(Corpus):
     """One binary tree a document: a mark that it begins (the last token), then 2**depth leaves.
 
     Each pair of symbols is what ONE parent can be replaced by: `symbols` pairs a parent, drawn at
-    random, with log-normal weights exp(`spread` Normal(0, 1)). The root is uniform. Filter k draws
-    the 2**k nodes of level k independently given the root, each from its own marginal
-    P(node | root), and whole trees grow below them: 0 is the whole hierarchy, and with `depth` the
-    leaves share the root only. What the root says of each place is the same for all filters, and
-    with the same seed so are the productions.
-
-    Attributes beside a corpus's: filter, depth, symbols, and children (parent, left, right), the
-    probability of each production. ValueError for a filter deeper than the tree.
+    random, with log-normal weights exp(`spread` Normal(0, 1)): children (parent, left, right). The
+    root is uniform. Filter k draws the 2**k nodes of level k independently given the root, each
+    from its own marginal P(node | root), and whole trees grow below them: 0 is the whole hierarchy,
+    and with `depth` the leaves share the root only. What the root says of each place is the same
+    for all filters of a seed. ValueError for a filter deeper than the tree.
     """
 
     @strictly
@@ -39,22 +36,16 @@ class FilteredTree(Corpus):
     ):
         if not 0 <= filter <= depth:
             raise ValueError(f"filter = {filter}: give a level of the tree, from 0 to {depth}")
-        super().__init__(
-            name=name,
-            kind="filtered tree",
-            vocabulary_size=symbols + 1,
-            end=None,
-            mean_document_length=2**depth + 1,
-            content=[filter, symbols, depth, spread],
-            seed=seed,
-            label=label,
-        )
+        content, length = [filter, symbols, depth, spread], 2**depth + 1
+        super().__init__(name, "filtered tree", symbols + 1, None, length, content, seed, label)
         self.filter, self.symbols, self.depth = filter, symbols, depth
         draw = torch.Generator().manual_seed(seed)
         parent = torch.randperm(symbols**2, generator=draw) % symbols
         weight = (spread * torch.randn(symbols**2, dtype=torch.float64, generator=draw)).exp()
         own = weight * (parent == torch.arange(symbols)[:, None])
         self.children = (own / own.sum(1, keepdim=True)).view(symbols, symbols, symbols)
+        self._pairs = counter.Laws(self.children.flatten(1))
+        self._nodes = counter.Laws(self.marginals(filter).flatten(0, 1))
 
     def marginals(self, level):
         """P(node | root) of each node of a level: (2**level, root, node)."""
@@ -65,55 +56,39 @@ class FilteredTree(Corpus):
         return found
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
-        """Trees by number, `ids` (documents,).
-
-        Fields document, position, and level0, level1, ...: the symbol of the node of that level
-        that each token hangs below, -1 where there is none.
-        """
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        count, leaves = len(ids), 2**self.depth
-        key = counter.subkey(counter.mix(torch.tensor(self.seed, device=device)), ids)
-        root = (counter.uniform(counter.subkey(key, 0)) * self.symbols) >> counter.BITS
-        levels = {0: root[:, None]}
+        """Trees by number; fields level0, level1, ...: the node each token hangs below, or -1."""
+        key = self._keys(ids, device)
+        root = counter.below(self.symbols, counter.subkey(key, 0))[:, None]
+        levels = {0: root}
         if self.filter:
             node = torch.arange(2**self.filter, device=device)
-            rows = self.marginals(self.filter).flatten(0, 1)
-            row = node * self.symbols + root[:, None]
-            levels[self.filter] = counter.draw_rows(
-                rows, row, counter.subkey(key[:, None], 1 + node)
-            )
+            drawn = counter.subkey(key[:, None], 1 + node)
+            levels[self.filter] = self._nodes.draw(node * self.symbols + root, drawn)
         for level in range(self.filter, self.depth):
             node = 2 ** (level + 1) + torch.arange(2**level, device=device)
             drawn = counter.subkey(key[:, None], node)
-            pair = counter.draw_rows(self.children.flatten(1), levels[level], drawn)
-            children = [pair // self.symbols, pair % self.symbols]
-            levels[level + 1] = torch.stack(children, -1).flatten(1)
-        begin = torch.full((count, 1), self.symbols, device=device)
-        fields = {
-            "tokens": torch.cat([begin, levels[self.depth]], 1),
-            "document": torch.arange(count, device=device)[:, None],
-            "position": torch.arange(leaves + 1, device=device),
-        }
+            pair = self._pairs.draw(levels[level], drawn)
+            below = torch.stack([pair // self.symbols, pair % self.symbols], -1)
+            levels[level + 1] = below.flatten(1)
+        begin = torch.full_like(root, self.symbols)
+        none = torch.full_like(begin, -1)
+        fields = {"tokens": torch.cat([begin, levels[self.depth]], 1)}
         for level in range(self.depth if detail else 0):
-            above = levels.get(level, torch.full_like(begin, -1))
-            above = above.repeat_interleave(leaves // above.shape[1], 1)
-            fields[f"level{level}"] = torch.cat([torch.full_like(begin, -1), above], 1)
-        shape = (count, leaves + 1)
-        return Documents(
-            {name: field.expand(shape).flatten() for name, field in fields.items()}, count
-        )
+            above = levels.get(level, none)
+            above = above.repeat_interleave(2**self.depth // above.shape[1], 1)
+            fields[f"level{level}"] = torch.cat([none, above], 1)
+        return side_by_side(fields)
 
     def tree(self, number) -> Tree:
         """The tree of a document, by its number, with letters for symbols."""
         fields = self.documents([number]).token
         fields[f"level{self.depth}"] = fields["tokens"]
-        kept = [0, *range(max(1, self.filter), self.depth + 1)]
 
         def grown(level, node):
             label = chr(65 + fields[f"level{level}"][1 + node * 2 ** (self.depth - level)])
             if level == self.depth:
                 return label
-            below = kept[kept.index(level) + 1]
+            below = max(level + 1, self.filter)
             width = 2 ** (below - level)
             return Tree(label, [grown(below, node * width + child) for child in range(width)])
 

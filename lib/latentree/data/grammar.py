@@ -1,24 +1,23 @@
 """A grammar, and what it says exactly: sentence shapes, lengths, frequencies.
 
-A grammar file gives a probabilistic context-free grammar over ROLES (subject, verb, ...), the words
-of each role, and the latents that decide which word a role's rank means in which part of the
-corpus. Tokens come from roles in two steps: the sentence grammar yields a string of roles, and a
-role draws a rank from its Zipf law, which the map of the place where it stands turns into a token.
+A probabilistic context-free grammar yields a string of ROLES (subject, verb, ...). Each role draws
+a rank from its Zipf law, and the map of the place where it stands turns the rank into a token.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from math import prod
 from typing import NamedTuple
 
 import nltk
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
+from latentree.data.counter import MOST
 from latentree.data.grammar_file import END, Role, checked
 
 _SHAPE_LIMIT = 20_000  # more sentence shapes than this are not enumerated
-_MOST_SYMBOLS = 2047  # whose draws lie side by side in 64 bits, 52 of them for each
 
 
 class Production(NamedTuple):
@@ -52,11 +51,9 @@ class Shape:
 class Grammar:
     """A checked grammar and its exact quantities. Raises ValueError for one that cannot be sampled.
 
-    - file: the fields of its file; name; roles: their names, `end` last.
+    - file: the fields of its file; roles: their names, `end` last. Elsewhere roles are numbers.
     - sizes (roles,), frequencies[role] (size,) by rank, and words[role] (size,), the token of each
-      rank before any map: here and below roles go by number. role_of (vocabulary,) is each token's
-      role.
-    - vocabulary_size, and end, its last token.
+      rank before any map. role_of (vocabulary,) is each token's role, and end the last token.
     - nonterminals: their names, the start symbol first; productions: all Productions.
     """
 
@@ -72,11 +69,10 @@ class Grammar:
         self.vocabulary_size = int(self.sizes.sum())
         self.end = self.vocabulary_size - 1
         self.nonterminals, self.productions = self._read_sentence_grammar()
-        if max(len(self.roles), len(self.nonterminals)) > _MOST_SYMBOLS:
-            raise self._fault(
-                f"{len(self.roles)} roles and {len(self.nonterminals)} nonterminals; use at most "
-                f"{_MOST_SYMBOLS} of each"
-            )
+        roles, symbols = len(self.roles), len(self.nonterminals)
+        if max(roles, symbols) > MOST:
+            told = f"{roles} roles and {symbols} nonterminals; use at most {MOST} of each"
+            raise self._fault(told)
         self._check_expected_length()
         for child, parent in self.file.habits.items():
             if not any({child, parent} <= set(rule.right) for rule in self.productions):
@@ -104,9 +100,8 @@ class Grammar:
         symbols = dict.fromkeys([pcfg.start(), *(rule.lhs() for rule in pcfg.productions())])
         number = {symbol: i for i, symbol in enumerate(symbols)}
         known = {role: role for role in self.file.roles} | number
-        totals = np.zeros(len(number))
+        productions, totals = [], np.zeros(len(number))
         for rule in pcfg.productions():
-            totals[number[rule.lhs()]] += rule.prob()
             if not rule.rhs() or rule.prob() <= 0:
                 raise self._fault(f"'{rule}' yields nothing or has probability 0; remove it")
             for symbol in rule.rhs():
@@ -115,18 +110,15 @@ class Grammar:
                         f"'{rule}' uses {symbol!r}, which is neither a role "
                         f"({', '.join(self.file.roles)}) nor a symbol with a production"
                     )
-        productions = []
-        for rule in pcfg.productions():
-            left = number[rule.lhs()]
-            # nltk accepts sums within 0.01 of 1 (decimals of 1/3): here they are made exact.
-            share = rule.prob() / totals[left]
-            productions.append(
-                Production(left, tuple(known[symbol] for symbol in rule.rhs()), share)
-            )
+            left, right = number[rule.lhs()], tuple(known[symbol] for symbol in rule.rhs())
+            productions.append(Production(left, right, rule.prob()))
+            totals[left] += rule.prob()
+        # nltk accepts sums within 0.01 of 1 (decimals of 1/3): here they are made exact.
+        for i, (left, right, share) in enumerate(productions):
+            productions[i] = Production(left, right, share / totals[left])
         return list(number), productions
 
     def _check_expected_length(self):
-        """Refuse infinite expected length: an expansion must yield less than one of its kind."""
         values, vectors = np.linalg.eig(self._offspring)
         worst = np.argmax(abs(values))
         if abs(values[worst]) >= 1 - 1e-9:
@@ -178,10 +170,9 @@ class Grammar:
     def role_counts(self):
         """Expected number of tokens of each role in a sentence, the end token included."""
         counts = np.zeros(len(self.roles))
-        for production in self.productions:
-            for role in production.roles:
-                expansions = self.visits[production.left] * production.probability
-                counts[self.roles.index(role)] += expansions
+        for rule in self.productions:
+            for role in rule.roles:
+                counts[self.roles.index(role)] += self.visits[rule.left] * rule.probability
         counts[-1] = 1.0
         return counts
 
@@ -211,10 +202,8 @@ class Grammar:
             return None
         shapes = []
         for choices in derivations:
-            probability = 1.0
-            for number in reversed(choices):
-                probability *= self.productions[number].probability
-            shapes.append(self.shape(choices, probability))
+            chances = [self.productions[number].probability for number in reversed(choices)]
+            shapes.append(self.shape(choices, prod(chances)))
         return sorted(shapes, key=lambda shape: (-shape.probability, shape.roles))
 
     def _expansions(self):

@@ -75,14 +75,12 @@ class GrammarFile(_Fields):
     exclude_held_out: int = Field(default=0, ge=0)
 
     @field_validator("roles")
-    @classmethod
     def _end_is_no_role(cls, roles):
         if END in roles:
             raise ValueError(f"role {END!r} is added to every sentence; remove it from roles")
         return roles
 
     @field_validator("habits")
-    @classmethod
     def _habits_lead_from_role_to_role(cls, habits, info):
         roles = info.data.get("roles", {})
         for role in [*habits, *habits.values()]:
@@ -97,14 +95,12 @@ class GrammarFile(_Fields):
         return habits
 
     @field_validator("binding")
-    @classmethod
     def _binding_needs_habits(cls, binding, info):
         if binding > 0 and not info.data.get("habits", {}):
             raise ValueError("no habits say who follows whom; add 'habits: {verb: subject}'")
         return binding
 
     @field_validator("bank")
-    @classmethod
     def _bank_holds_permutations(cls, bank, info):
         roles, habits = info.data.get("roles", {}), info.data.get("habits", {})
         if not bank:
@@ -124,15 +120,14 @@ def checked(content):
     try:
         return GrammarFile(**content)
     except ValidationError as error:
-        raise ValueError(
-            first_fault(error, content.get("name"), GrammarFile.model_fields)
-        ) from None
+        told = first_fault(error, content.get("name"), GrammarFile.model_fields)
+        raise ValueError(told) from None
 
 
 def first_fault(error, name, fields) -> str:
     """A line on the first of the `fields` of a grammar file that a ValidationError tells of."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"])
+    field = ".".join(map(str, first["loc"]))
     given = "" if first["type"].startswith("missing") else f" = {first['input']!r}"
     mend = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":

@@ -11,14 +11,13 @@ class Lifetimes(GrammarProcess):
     """A grammar's text, but each role's habits are redrawn at sentences of their own.
 
     `lifetimes` {child: for how many sentences each set of its habits lives, in order} takes the
-    place of the grammar file's `redraw`; sets of all roles last through a document together. Two
-    roles whose boundaries coincide where the longer-lived one changes are nested, others crossed.
-    With `parts`, levels of lives, sets inherit: at each level in turn a part has the habits of what
-    it is a part of, but draws each of them anew with probability `redrawn`.
-    Documents have a field more: alive, the number of the draw, of its document, by which a word
-    calls for a token (of a role that follows none: of its document).
+    place of the grammar file's `redraw`. Two roles whose boundaries coincide where the longer-lived
+    one changes are nested, others crossed. With `parts`, levels of lives, sets inherit: at each
+    level in turn a part has the habits of what it is a part of, but draws each of them anew with
+    probability `redrawn`. The field alive is the number of the draw by which a word calls for a
+    token (of a role that follows none: of its document).
 
-    Raises ValueError unless each role with habits has lifetimes that fill a document, as parts do.
+    Raises ValueError unless each role's lifetimes, and each level of parts, fill a document.
     """
 
     def __init__(self, grammar: Grammar, lifetimes: dict, seed: int = 0, parts=(), redrawn=1.0):
@@ -39,7 +38,6 @@ class Lifetimes(GrammarProcess):
             self._content |= {"parts": parts, "redrawn": redrawn}
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, as those of any grammar, with the field alive."""
         found = super().documents(ids, device, detail)
         if detail:
             token, roles = found.token, self.grammar.roles
@@ -47,7 +45,7 @@ class Lifetimes(GrammarProcess):
             above = self._tables[1].to(device)[token["shape"], token["place"]].clamp(min=0)
             parent = token["rank"][begins + above]
             sentence = token["document"] * self.sentences + token["sentence"]
-            document_key = counter.subkey(self._key.to(device), torch.as_tensor(ids, device=device))
+            document_key = self._keys(ids, device)
             most = max(map(len, self.lifetimes.values())) + sum(map(len, self.parts))
             token["alive"] = token["document"] * most
             for child in self.lifetimes:
@@ -57,10 +55,9 @@ class Lifetimes(GrammarProcess):
         return found
 
     def _latents(self, ids, document_key):
-        """Maps and habits as of any grammar, but with a unit for each sentence."""
-        maps, habits, *rest = super()._latents(ids, document_key)
+        maps, habits, latent = super()._latents(ids, document_key)
         habits = {child: self._drawn(child, document_key)[0] for child in habits}
-        return maps.expand(len(ids) * self.sentences, -1), habits, *rest
+        return maps.expand(len(ids) * self.sentences, -1), habits, latent  # of each sentence
 
     def _drawn(self, child, document_key):
         """A role's habits, and the number of the draw that each is from: (unit, parent)."""

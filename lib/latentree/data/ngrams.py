@@ -1,4 +1,7 @@
-"""Text without a tree: the release's hashed tables, a chain estimated from a corpus, successors."""
+"""Text without a tree: the release's hashed tables, a chain estimated from a corpus, successors.
+
+All draw their documents side by side, a token of each at a time.
+"""
 
 import math
 from typing import Annotated
@@ -7,7 +10,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from latentree.data import counter
-from latentree.data.corpus import Corpus, Documents, position_within, strictly
+from latentree.data.corpus import Corpus, side_by_side, strictly
 
 
 class HashedTables(Corpus):
@@ -31,63 +34,43 @@ class HashedTables(Corpus):
         seed=0,
         label: str = "",
     ):
-        super().__init__(
-            name=name,
-            kind="hashed n-gram",
-            vocabulary_size=vocabulary_size,
-            end=vocabulary_size - 1,
-            mean_document_length=self.shortest + (self.spread - 1) / 2 + 1,
-            content={"vocabulary_size": vocabulary_size, "tables": tables},
-            seed=seed,
-            label=label,
-        )
+        content = {"vocabulary_size": vocabulary_size, "tables": tables}
+        end, length = vocabulary_size - 1, self.shortest + (self.spread - 1) / 2 + 1
+        super().__init__(name, "hashed n-gram", vocabulary_size, end, length, content, seed, label)
         self.tables = tables
-        self._key = counter.mix(torch.tensor(seed))
         generator = torch.Generator().manual_seed(seed)
         normal = torch.randn(tables, generator=generator, dtype=torch.float64)
         exponent = (2.0 + 1.2 * normal).clamp(min=1.2)
         weight = torch.arange(1, vocabulary_size, dtype=torch.float64) ** -exponent[:, None]
         self.probabilities = weight / weight.sum(1, keepdim=True)
         self._order_weights = torch.arange(1, len(self.orders) + 1, dtype=torch.float64) ** -1.5
-        offset = torch.arange(tables)[:, None] << counter.BITS
-        self._limits = {"cpu": (counter.thresholds(self.probabilities) + offset).flatten()}
-        self._powers = torch.ones(self.shortest + self.spread + 1, dtype=torch.int64)
-        self._powers[1:] = counter.GOLDEN
-        self._powers = self._powers.cumprod(0)  # which wraps, as the hash does
+        self._of_order = counter.Laws([self._order_weights])
+        self._of_table = counter.Laws(self.probabilities)
+        powers = [1] + [counter.GOLDEN] * (self.shortest + self.spread)
+        self._powers = torch.tensor(powers).cumprod(0)  # which wraps, as the hash does
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        if device not in self._limits:
-            self._limits[device] = self._limits["cpu"].to(device)
-        longest = self.shortest + self.spread
-        key = counter.subkey(self._key.to(device), ids)
-        drawn = counter.uniform(counter.subkey(key, 0))
-        length = self.shortest + (drawn * self.spread >> counter.BITS)
+        key, longest = self._keys(ids, device), self.shortest + self.spread
+        length = self.shortest + counter.below(self.spread, counter.subkey(key, 0))
         place = torch.arange(longest, device=device)
-        limits = counter.thresholds(self._order_weights).to(device)
-        number = counter.draw(limits, counter.subkey(key[:, None], 1 + place))
+        number = self._of_order.draw(0, counter.subkey(key[:, None], 1 + place))
         order = torch.tensor(self.orders, device=device)[number]
-        draws = counter.uniform(counter.subkey(key[:, None], 1 + longest + place))
+        word_key = counter.subkey(key[:, None], 1 + longest + place)
 
-        tokens = torch.full((len(ids), longest + 1), -1, device=device)
-        prefix = torch.zeros(len(ids), longest + 1, dtype=torch.int64, device=device)
+        tokens = torch.full((len(key), longest + 1), -1, device=device)
+        prefix = torch.zeros_like(tokens)
         for t in range(int(length.max())):
             table = self._table(prefix, t, order[:, t])
-            wanted = draws[:, t] + (table << counter.BITS)
-            found = torch.searchsorted(self._limits[device], wanted, right=True)
-            found = found - table * (self.vocabulary_size - 1)
-            tokens[:, t] = found.clamp(max=self.vocabulary_size - 2)
+            tokens[:, t] = self._of_table.draw(table, word_key[:, t])
             prefix[:, t + 1] = prefix[:, t] * counter.GOLDEN + tokens[:, t] + 1
         place = torch.arange(longest + 1, device=device)
         tokens = tokens.masked_fill(place > length[:, None], -1)
-        return _documents(tokens.masked_fill(place == length[:, None], self.end))
+        return side_by_side({"tokens": tokens.masked_fill(place == length[:, None], self.end)})
 
     def _table(self, prefix, t, order):
-        """Number of the table that `order` (documents,) last tokens before place t choose.
+        """Number of the table (documents,) that `order` (documents,) last tokens before t choose.
 
-        A rolling polynomial hash of each prefix (documents, places) gives that of any last tokens
-        in one subtraction.
+        A polynomial hash of each prefix gives that of any last tokens in one subtraction.
         """
         context = order.clamp(max=t)
         start = prefix.gather(1, (t - context)[:, None])[:, 0]
@@ -97,21 +80,20 @@ class HashedTables(Corpus):
     def token_losses(self, documents, knows_tables=True):
         """Exact loss of each token of whole documents, in nats (tokens,).
 
-        With `knows_tables` of who knows the hash and all tables, else their average only. The order
-        is hidden, so the first mixes the tables of all orders; both know how document lengths are
-        spread.
+        With `knows_tables` of who knows the hash and all tables, and mixes those of all orders, for
+        the order is hidden; else the tables' average only. Both know how lengths are spread.
         """
         document, place = documents.token["document"], documents.token["position"]
         tokens = torch.zeros(documents.count, int(place.max()) + 1, dtype=torch.int64)
         tokens[document, place] = documents.tokens
         prefix = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.int64)
-        p, average = torch.zeros(tokens.shape, dtype=torch.float64), self.probabilities.mean(0)
+        p, average = torch.zeros_like(tokens).double(), self.probabilities.mean(0)
+        shares = self._order_weights / self._order_weights.sum()
         for t in range(tokens.shape[1]):
             token = tokens[:, t].clamp(max=self.vocabulary_size - 2)
-            p[:, t] = average[token]
-            if knows_tables:
-                p[:, t] = 0
-                shares = self._order_weights / self._order_weights.sum()
+            if not knows_tables:
+                p[:, t] = average[token]
+            else:
                 for share, order in zip(shares, self.orders):
                     table = self._table(prefix, t, torch.full_like(token, order))
                     p[:, t] += share * self.probabilities[table, token]
@@ -125,11 +107,11 @@ class Successors(Corpus):
     """Text with a latent and no tree: what follows a word is drawn anew for each document.
 
     Each of the `words` has `choices` words that may follow it, the same in all documents. A
-    document draws one of them for each of the first `callers` words (by default all); that one
-    follows with probability `binding`, else any of the choices does, all alike. Documents have
-    `length` tokens, and no end token. With a `bank` a document has one of so many rings of all
-    words instead, in each of which a word calls for the next one, so that none is called for more
-    than others; documents have a field more: latent, the number of their ring.
+    document draws one of them for each of the first `callers` words (0: all); that one follows with
+    probability `binding`, else any of the choices does, all alike. Documents have `length` tokens
+    and no end token. With a `bank` a document has one of so many rings of all words instead, in
+    which a word calls for the next one: none is called for more than others. The field latent is
+    the number of a document's ring.
     """
 
     @strictly
@@ -150,56 +132,42 @@ class Successors(Corpus):
                 f"callers = {callers}"
             )
         content = {"words": words, "choices": choices, "binding": binding, "length": length}
-        given = {"callers": callers, "bank": bank}
-        super().__init__(
-            name=name,
-            kind="treeless",
-            vocabulary_size=words,
-            end=None,
-            mean_document_length=length,
-            content=content | {field: value for field, value in given.items() if value},
-            seed=seed,
-        )
+        if callers:
+            content["callers"] = callers
+        if bank:
+            content["bank"] = bank
+        super().__init__(name, "treeless", words, None, length, content, seed)
         self.binding, self.length, self.callers = binding, length, callers or words
-        self._key = counter.mix(torch.tensor(seed))
         word = torch.arange(words)
         others = counter.shuffled(counter.subkey(self._key, word), words - 1)[:, :choices]
         self.choices = others + (others >= word[:, None])  # a word never follows itself
-        ring = counter.shuffled(
-            counter.subkey(counter.subkey(self._key, -3), torch.arange(bank)), words
-        )
+        latents = counter.subkey(counter.subkey(self._key, -3), torch.arange(bank))
+        ring = counter.shuffled(latents, words)
         self.bank = torch.empty_like(ring).scatter(1, ring, ring.roll(-1, 1))  # (latent, word)
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
         choices, (words, count) = self.choices.to(device), self.choices.shape
-        key = counter.subkey(self._key.to(device), ids)[:, None]
+        key = self._keys(ids, device)[:, None]
 
-        def uniform(number, many):  # (documents, many) below 2**BITS
-            parts = counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
-            return counter.uniform(parts)
+        def keys(number, many):  # (documents, many)
+            return counter.subkey(counter.subkey(key, number), torch.arange(many, device=device))
 
-        latent = None
-        calls = choices.gather(1, (uniform(1, words) * count >> counter.BITS).T).T
+        fields = {}
+        calls = choices.gather(1, counter.below(count, keys(1, words)).T).T
         if len(self.bank):
-            latent = uniform(5, 1) * len(self.bank) >> counter.BITS
+            latent = counter.below(len(self.bank), keys(5, 1))
             calls = self.bank.to(device)[latent[:, 0]]
-        other = uniform(2, self.length) * count >> counter.BITS
-        bound = uniform(3, self.length) < int(self.binding * 2**counter.BITS)
-        tokens = torch.empty(len(ids), self.length, dtype=torch.int64, device=device)
-        tokens[:, :1] = uniform(4, 1) * words >> counter.BITS
+            fields["latent"] = latent.expand(-1, self.length)
+        other = counter.below(count, keys(2, self.length))
+        bound = counter.happens(self.binding, keys(3, self.length))
+        tokens = torch.empty_like(other)
+        tokens[:, :1] = counter.below(words, keys(4, 1))
         for t in range(1, self.length):
             before = tokens[:, t - 1]
             called = calls.gather(1, before[:, None])[:, 0]
             follows = bound[:, t] & (before < self.callers)
             tokens[:, t] = torch.where(follows, called, choices[before, other[:, t]])
-        document = torch.arange(len(ids), device=device)[:, None].expand_as(tokens).flatten()
-        fields = {"tokens": tokens.flatten(), "document": document}
-        fields["position"] = position_within(document)
-        if latent is not None:
-            fields["latent"] = latent.expand_as(tokens).flatten()
-        return Documents(fields, len(ids))
+        return side_by_side(fields | {"tokens": tokens})
 
     def losses(self) -> tuple[float, float]:
         """Exact losses in nats after a caller: without knowing the document, and knowing it."""
@@ -213,11 +181,10 @@ class Successors(Corpus):
 class Chain(Corpus):
     """An order-n Markov chain with the n+1-gram counts of a sample of a corpus, read as a ring.
 
-    Because the sample is a ring, its own contexts are the chain's stationary distribution and no
-    context lacks a successor: the chain's loss is the sample's conditional entropy, exactly. A
-    document starts after an end token and lasts as many end tokens as the documents it was
-    estimated from. grams (sample,) has every context and next token of the ring, as one number in
-    base vocabulary_size, in order.
+    In a ring no context lacks a successor, and its contexts are the chain's stationary law: the
+    chain's loss is the sample's conditional entropy, exactly. A document starts after an end token
+    and lasts as many end tokens as the documents it was estimated from. grams (sample,) are the
+    ring's contexts with their next token, sorted, each one number in base vocabulary_size.
     """
 
     @strictly
@@ -235,54 +202,36 @@ class Chain(Corpus):
                 f"chain of order {order} of {parent.name}: has no grammar, or {order + 1} of its "
                 f"{parent.vocabulary_size} words do not fit an integer; use another parent or order"
             )
-        super().__init__(
-            name=name or f"{parent.name}-order{order}",
-            kind="n-gram",
-            vocabulary_size=parent.vocabulary_size,
-            end=parent.end,
-            mean_document_length=parent.mean_document_length,
-            content={"order": order, "sample_tokens": sample_tokens, "parent": parent.digest},
-            seed=seed,
-            label=label,
-        )
-        self.order, self._words = order, parent.words
+        name = name or f"{parent.name}-order{order}"
+        size, length = parent.vocabulary_size, parent.mean_document_length
+        content = {"order": order, "sample_tokens": sample_tokens, "parent": parent.digest}
+        super().__init__(name, "n-gram", size, parent.end, length, content, seed, label)
+        self.order, self.words = order, parent.words
         self._sentences = parent.grammar.file.document.per_document("sentence")
-        needed = int(sample_tokens / parent.mean_document_length) + 1
-        sample = parent.documents(torch.arange(needed), detail=False).tokens
+        sampled = torch.arange(int(sample_tokens / length) + 1)
+        sample = parent.documents(sampled, detail=False).tokens
         gram = torch.zeros_like(sample)
         for back in range(order, -1, -1):
-            gram = gram * self.vocabulary_size + sample.roll(back)
+            gram = gram * size + sample.roll(back)
         self.grams = gram.sort().values
-        contexts = self.grams // self.vocabulary_size
-        openings = contexts[contexts % self.vocabulary_size == self.end]
-        self._key = counter.mix(torch.tensor(seed))
-        self._on = {"cpu": (self.grams, openings)}
+        contexts = self.grams // size
+        self._openings = contexts[contexts % size == self.end]
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,), side by side, a token of each at a time."""
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        if device not in self._on:
-            self._on[device] = tuple(table.to(device) for table in self._on["cpu"])
-        grams, openings = self._on[device]
+        grams, openings = self.grams.to(device), self._openings.to(device)
         size, keep = self.vocabulary_size, self.vocabulary_size ** (self.order - 1)
-        key = counter.subkey(self._key.to(device), ids)
-        context = openings[_scaled(counter.uniform(counter.subkey(key, 0)), len(openings))]
-        left = torch.full_like(ids, self._sentences)
-        tokens = []
+        key, tokens = self._keys(ids, device), []
+        context = openings[_below(len(openings), counter.subkey(key, 0))]
+        left = torch.full_like(key, self._sentences)
         while bool((left > 0).any()):
             low = torch.searchsorted(grams, context * size)
             high = torch.searchsorted(grams, (context + 1) * size)
-            drawn = counter.uniform(counter.subkey(key, 1 + len(tokens)))
-            token = grams[low + _scaled(drawn, high - low)] % size
+            chosen = low + _below(high - low, counter.subkey(key, 1 + len(tokens)))
+            token = grams[chosen] % size
             tokens.append(torch.where(left > 0, token, -1))
             context = context % keep * size + token
             left = left - (token == self.end).long()
-        return _documents(torch.stack(tokens, 1))
-
-    @property
-    def words(self):
-        """Those of the corpus that it was estimated from."""
-        return self._words
+        return side_by_side({"tokens": torch.stack(tokens, 1)})
 
     def losses(self):
         """Exact nats per token of the best predictor that sees n last tokens, for n = 0..order."""
@@ -295,14 +244,6 @@ class Chain(Corpus):
         return values
 
 
-def _documents(tokens):
-    """Documents from padded tokens (documents, longest), -1 past the end."""
-    kept = tokens >= 0
-    document = kept.nonzero()[:, 0]
-    token = {"tokens": tokens[kept], "document": document, "position": position_within(document)}
-    return Documents(token, len(tokens))
-
-
-def _scaled(draw, count):
-    """Integers in [0, count) from uniform draws below 2**BITS, without overflow."""
-    return ((draw >> (counter.BITS - 31)) * torch.as_tensor(count)) >> 31
+def _below(count, key):
+    """Uniform integers in [0, count) from keys; count <= 2**32, by 31 bits of each draw."""
+    return (counter.uniform(key) >> (counter.BITS - 31)) * count >> 31

@@ -1,8 +1,7 @@
 """Documents of a grammar: any by its number, on any device, with integer arithmetic only.
 
-Order of the draws: a document's latents (for each level that redraws, from the corpus down), a
-shape for each sentence, a rank for each word, and last the maps that turn ranks into tokens. Each
-draw has its own key (counter.py).
+First a document's latents, for each level that redraws, from the corpus down; then a shape for each
+sentence, a rank for each word, and the maps that turn ranks into tokens.
 """
 
 from functools import cached_property
@@ -23,50 +22,31 @@ class GrammarProcess(Corpus):
     """A Grammar with a seed: sentences of its roles, words by the latents of each place."""
 
     def __init__(self, grammar: Grammar, seed: int = 0):
-        super().__init__(
-            name=grammar.name,
-            kind=grammar.file.kind,
-            vocabulary_size=grammar.vocabulary_size,
-            end=grammar.end,
-            mean_document_length=grammar.mean_document_length,
-            content=grammar.content,
-            seed=seed,
-            label=grammar.file.label,
-        )
-        self.grammar = grammar
-        self.repetitions = grammar.file.repetitions
-        self.held_out_limit = grammar.file.exclude_held_out or None
-        self._key = counter.mix(torch.tensor(seed))
-        begins = (grammar.sizes.cumsum() - grammar.sizes).tolist()
-        self._begins = torch.tensor(begins)
-        self._columns = [slice(at, at + n) for at, n in zip(begins, grammar.sizes.tolist())]
+        file, size, length = grammar.file, grammar.vocabulary_size, grammar.mean_document_length
+        content, label = grammar.content, file.label
+        super().__init__(file.name, file.kind, size, grammar.end, length, content, seed, label)
+        self.grammar, self.repetitions = grammar, file.repetitions
+        self.held_out_limit = file.exclude_held_out or None
+        self._ranks = counter.Laws(grammar.frequencies)
+        self._columns = [slice(words[0], words[-1] + 1) for words in grammar.words]
 
     def changed(self, **fields):
         """The same corpus and seed, with other values for some fields of its grammar file."""
         return GrammarProcess(Grammar(self.grammar.file.model_dump() | fields), self.seed)
 
     def documents(self, ids, device="cpu", detail=True):
-        """Documents by number, `ids` (documents,) >= 0; from HELD_OUT on they are held out.
-
-        Without `detail` only the fields tokens and document are filled.
-        """
+        document_key = self._keys(ids, device)
         ids = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        if len(ids) == 0 or ids.min() < 0:
-            raise ValueError(f"{self.name}: ids {ids.tolist()[:3]}; ask for at least one id >= 0")
         layout = self.grammar.file.document
         per_document = layout.per_document("sentence")
-        document_key = counter.subkey(self._key.to(device), ids)
         maps, habits, latent = self._latents(ids, document_key)
-
         number = torch.arange(len(ids) * per_document, device=device)
         unit = number * len(maps) // len(number)
         key = counter.subkey(document_key, 1)[:, None]
         key = counter.subkey(key, number[:per_document]).flatten()
-        training = ids < HELD_OUT
+        training = (ids < HELD_OUT).repeat_interleave(per_document)
         if self.held_out_limit and bool(training.any()):
-            chosen = training.repeat_interleave(per_document)
-            key = self._avoid_held_out(key, unit, maps, habits, chosen)
-
+            key = self._avoid_held_out(key, unit, maps, habits, training)
         token = self._sentences(key, unit, maps, habits)
         sentence = token["sentence"]
         token["document"] = sentence // per_document
@@ -89,17 +69,15 @@ class GrammarProcess(Corpus):
     @cached_property
     def words(self):
         """A word for each token; a full stop for the end."""
-        *roles, _ = zip(self.grammar.roles, self.grammar.sizes.tolist())
-        return [*words_of(dict(roles)), "."]
+        return [*words_of({name: role.size for name, role in self.grammar.file.roles.items()}), "."]
 
     @cached_property
     def bank(self):
         """The habits of each latent of the bank: {child: (latent, parent's size)}."""
-        latents, found = torch.arange(self.grammar.file.bank), {}
-        key = counter.subkey(counter.subkey(self._key, -3), latents)
-        for c, (child, parent) in enumerate(self.grammar.file.habits.items()):
-            size = int(self.grammar.sizes[self.grammar.roles.index(parent)])
-            found[child] = counter.shuffled(counter.subkey(key, c), size)
+        file, found = self.grammar.file, {}
+        key = counter.subkey(counter.subkey(self._key, -3), torch.arange(file.bank))
+        for c, (child, parent) in enumerate(file.habits.items()):
+            found[child] = counter.shuffled(counter.subkey(key, c), file.roles[parent].size)
         return found
 
     def token_frequencies(self):
@@ -130,7 +108,7 @@ class GrammarProcess(Corpus):
         for production in grammar.productions:
             for role in production.roles:
                 r = grammar.roles.index(role)
-                size, kept = int(grammar.sizes[r]), 1.0
+                size, kept = grammar.role_specs[r].size, 1.0
                 if grammar.role_specs[r].has_map:
                     for share in shares:
                         kept *= min(1.0, (size - round(share * size)) / (size - 1))
@@ -143,19 +121,20 @@ class GrammarProcess(Corpus):
     # ------------------------------------------------------------------ latents
 
     def _latents(self, ids, document_key):
-        """Maps (unit, word) and habits {child: (unit, parent)}, by units of the finest level.
+        """By units of the finest level: maps (unit, word), habits {child: (unit, parent)}, latent.
 
-        And the latent's number (unit,) where they are of a bank.
+        The last is the number (unit,) of what is drawn from a bank.
         """
         grammar, file, latent = self.grammar, self.grammar.file, None
-        key_of = {"corpus": counter.subkey(self._key.to(ids.device), -1)[None]}
+        own_key = self._key.to(ids.device)
+        key_of = {"corpus": counter.subkey(own_key, -1)[None]}
         maps, habits = torch.arange(self.vocabulary_size, device=ids.device)[None], {}
         if file.binding > 0:
             for child in file.habits:
                 habits[child] = self._draw_habits(child, counter.subkey(key_of["corpus"], 2))
         held_out = (ids >= HELD_OUT) * HELD_OUT
         shared_by = held_out + (ids - held_out) // file.repetitions
-        key_of["document"] = counter.subkey(counter.subkey(self._key.to(ids.device), -2), shared_by)
+        key_of["document"] = counter.subkey(counter.subkey(own_key, -2), shared_by)
         for depth, level in enumerate(LEVELS[2:], 2):
             number = torch.arange(file.document.per_document(level), device=ids.device)
             key = counter.subkey(document_key, depth)[:, None]
@@ -168,7 +147,7 @@ class GrammarProcess(Corpus):
             repeat = len(key) // len(maps)
             maps = maps.repeat_interleave(repeat, 0)
             if file.bank:
-                latent = counter.uniform(counter.subkey(key, 1000)) * file.bank >> counter.BITS
+                latent = counter.below(file.bank, counter.subkey(key, 1000))
                 habits = {child: table.to(ids.device)[latent] for child, table in self.bank.items()}
                 break
             for r, role in enumerate(grammar.role_specs):
@@ -184,11 +163,9 @@ class GrammarProcess(Corpus):
 
     def _draw_habits(self, child, key):
         """For each key and each rank of the child's parent, a rank from the child's own law."""
-        roles = self.grammar.roles
-        r, parent = roles.index(child), roles.index(self.grammar.file.habits[child])
-        ranks = torch.arange(int(self.grammar.sizes[parent]), device=key.device)
-        key = counter.subkey(counter.subkey(key, r)[:, None], ranks)
-        return self._draw_ranks(torch.tensor(r, device=key.device), key)
+        file, r = self.grammar.file, self.grammar.roles.index(child)
+        ranks = torch.arange(file.roles[file.habits[child]].size, device=key.device)
+        return self._ranks.draw(r, counter.subkey(counter.subkey(key, r)[:, None], ranks))
 
     # ------------------------------------------------------------------ sentences
 
@@ -196,49 +173,34 @@ class GrammarProcess(Corpus):
         """One sentence for each key, laid end to end: {field: (tokens,)}."""
         grammar = self.grammar
         token = self._roles(counter.subkey(key, 0))
-        role, place, binds_to, sentence = (
-            token[name] for name in ("role", "place", "binds_to", "sentence")
-        )
+        role, place, sentence = token["role"], token["place"], token["sentence"]
+        binds_to = token.pop("binds_to")
         word_key = counter.subkey(key[sentence], place + 1)
-        rank = self._draw_ranks(role, word_key)
+        rank = self._ranks.draw(role, word_key)
         if habits:
-            chance = int(grammar.file.binding * 2**counter.BITS)
-            follows = (binds_to >= 0) & (counter.uniform(word_key + 1) < chance)
+            follows = (binds_to >= 0) & counter.happens(grammar.file.binding, word_key + 1)
             for child in grammar.parents_first:
                 at = (follows & (role == grammar.roles.index(child))).nonzero()[:, 0]
                 parent_rank = rank[at - place[at] + binds_to[at]]
                 rank[at] = habits[child][unit[sentence[at]], parent_rank]
-        cell = unit[sentence] * maps.shape[1] + self._begins.to(key.device)[role] + rank
-        del token["binds_to"]
+        cell = unit[sentence] * maps.shape[1] + self._ranks.begins.to(key.device)[role] + rank
         return {"tokens": maps.flatten()[cell], "rank": rank} | token
 
-    @cached_property
-    def _limits(self):
-        """Thresholds of all roles' Zipf laws one after the other."""
-        laws = enumerate(self.grammar.frequencies)
-        return torch.cat([counter.thresholds(law) + (r << counter.BITS) for r, law in laws])
-
-    def _draw_ranks(self, role, key):
-        """A rank from the Zipf law of each role (integers that broadcast with the keys)."""
-        limits, begins = self._limits.to(key.device), self._begins.to(key.device)
-        drawn = counter.uniform(key) + (role << counter.BITS)
-        return torch.searchsorted(limits, drawn, right=True) - begins[role]
-
     def _roles(self, key):
-        """Fields role, place, binds_to, sentence, shape (tokens,) of one sentence for each key.
-
-        Where shapes are enumerated, one draw each; else a derivation, and no field shape.
-        """
-        if self.grammar.shapes is None:
+        """Fields role, place, binds_to, sentence, shape (tokens,) of one sentence for each key."""
+        if self.grammar.shapes is None:  # then there is no field shape
             return self._derivations.draw(key)
-        limits = counter.thresholds([shape.probability for shape in self.grammar.shapes])
-        shape = counter.draw(limits.to(key.device), key)
+        shape = self._shapes.draw(0, key)
         roles, bindings, lengths = (table.to(key.device) for table in self._tables)
         sentence = torch.arange(len(key), device=key.device).repeat_interleave(lengths[shape])
         place, shape = position_within(sentence), shape[sentence]
         cell = shape * roles.shape[1] + place
         token = {"role": roles.flatten()[cell], "binds_to": bindings.flatten()[cell]}
         return token | {"place": place, "sentence": sentence, "shape": shape}
+
+    @cached_property
+    def _shapes(self):
+        return counter.Laws([[shape.probability for shape in self.grammar.shapes]])
 
     @cached_property
     def _derivations(self):
@@ -252,9 +214,8 @@ class GrammarProcess(Corpus):
         for shape in self.grammar.shapes:
             roles.append(torch.tensor([number[name] for name in shape.roles]))
             bindings.append(torch.tensor(shape.binds_to))
-        lengths = torch.tensor([len(row) for row in roles])
-        padded = [pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings)]
-        return (*padded, lengths)
+        roles, bindings = (pad_sequence(rows, True, padding_value=-1) for rows in (roles, bindings))
+        return roles, bindings, (roles >= 0).sum(1)
 
     # ------------------------------------------------------------------ sentences held out
 

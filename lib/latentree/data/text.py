@@ -8,8 +8,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from latentree.data.corpus import HELD_OUT, Corpus, Documents, position_within
+from latentree.data.corpus import HELD_OUT, Corpus, Documents, side_by_side
 
 _LIBRARY = sorted(Path(ast.__file__).parent.glob("*.py"))  # the modules that Python brings along
 
@@ -20,14 +21,9 @@ class Text(Corpus):
     def __init__(self, name: str, documents: list[list[int]], vocabulary_size: int, end: int):
         self._documents = [torch.as_tensor(document) for document in documents]
         self.count = len(documents)
-        super().__init__(
-            name=name,
-            kind="OLMo",
-            vocabulary_size=vocabulary_size,
-            end=end,
-            mean_document_length=sum(map(len, documents)) / len(documents),
-            content=[document.tolist() for document in self._documents],
-        )
+        length = sum(map(len, documents)) / len(documents)
+        content = [document.tolist() for document in self._documents]
+        super().__init__(name, "OLMo", vocabulary_size, end, length, content)
 
     def documents(self, ids, device="cpu", detail=True) -> Documents:
         """Documents by number, counted from HELD_OUT on and round the text.
@@ -41,34 +37,22 @@ class Text(Corpus):
                 "give a longer text, or fewer or shorter sequences"
             )
         rows = [self._documents[at] for at in place]
-        lengths = torch.tensor([len(row) for row in rows])
-        document = torch.arange(len(rows)).repeat_interleave(lengths)
-        token = {"tokens": torch.cat(rows), "document": document}
-        token["position"] = position_within(document)
-        return Documents({name: value.to(device) for name, value in token.items()}, len(rows))
+        return side_by_side({"tokens": pad_sequence(rows, True, padding_value=-1).to(device)})
 
 
-def load_text(
-    source: str,
-    tokenizer,
-    documents: int,
-    vocabulary_size: int = 0,
-    shortest: int = 16,
-    longest: int = 4096,
-) -> Text:
+def load_text(source, tokenizer, documents, vocabulary_size=0, shortest=16, longest=4096) -> Text:
     """The first documents of `source` with at least `shortest` tokens, cut off after `longest`.
 
-    `source` is a text file (documents between empty lines), a .jsonl file (field text), "python"
+    `source` is a .txt file (documents between empty lines), a .jsonl file (field text), "python"
     for English that every Python brings along, or a data set on the hub, streamed: "allenai/c4" or,
-    with its configuration, "allenai/c4:en".
-    `vocabulary_size` is the model's, where it is larger than the tokenizer's (many are padded).
+    with its configuration, "allenai/c4:en". `vocabulary_size` is the model's, where it is larger
+    than the tokenizer's (many are padded).
     Raises ValueError for a tokenizer without an end token, or less than 2 documents.
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path}: has no end token; choose one that has"
-        )
+        told = f"tokenizer {tokenizer.name_or_path}: has no end token; choose one that has"
+        raise ValueError(told)
     kept = []
     for text in _texts(source):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
@@ -105,7 +89,7 @@ def _texts(source):
             yield row["text"]
 
 
-def _docstrings(file: Path) -> str:
+def _docstrings(file):
     """What a module, its classes and its functions say of themselves, by empty lines."""
     parts = ast.walk(ast.parse(file.read_bytes()))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -113,12 +97,8 @@ def _docstrings(file: Path) -> str:
     return "\n\n".join(filter(None, told))
 
 
-def _manual(letters: int = 800):
-    """Prose of Python's manual, as help() has it: its paragraphs without code.
-
-    First the language reference, then what its modules say of themselves. Paragraphs of a section,
-    or of a module, are put together until they have so many letters.
-    """
+def _manual(letters=800):
+    """Prose of Python's manual and modules, without code: documents of so many letters or more."""
     for section in chain(topics.values(), map(_docstrings, _LIBRARY)):
         prose = ""
         for paragraph in section.split("\n\n"):

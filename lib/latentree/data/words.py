@@ -38,6 +38,5 @@ def tokenizer(words: list[str], end: int | None) -> PreTrainedTokenizerFast:
     numbers = {word: number for number, word in enumerate([*words, UNKNOWN])}
     backend = Tokenizer(WordLevel(numbers, unk_token=UNKNOWN))
     backend.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=None if end is None else words[end]
-    )
+    eos_token = None if end is None else words[end]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)

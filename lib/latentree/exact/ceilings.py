@@ -1,18 +1,18 @@
 """Exact losses of predictors that know a part of the hierarchy, in nats per token.
 
-syntax-only: knows the sentence grammar and each role's words, and nothing of the latents: within a
-    role all words are equally likely.
+syntax-only: knows the sentence grammar and each role's words; of the latents nothing, so that
+    within a role all words are equally likely.
 latent-aware: also knows the maps and habits that hold where each token stands. No learner that must
     infer them from context can reach it.
-in-sentence: the best predictor of a sentence whose latents are fresh: it infers them from the
-    sentence's own words. This is the floor of a flat corpus.
+in-sentence: infers latents that are fresh in each sentence from its own words. This is the floor of
+    a flat corpus.
 
-Here are expected values, by enumeration of the grammar's shapes; `predictors.token_losses` has
-those of given tokens. A predictor sees words, never a derivation: where several derivations yield
-the same roles, it weighs them. Raises ValueError for a grammar whose shapes cannot be enumerated.
+Here are expected values, by enumeration of the grammar's shapes (ValueError if that cannot be);
+`predictors.token_losses` has those of given tokens. A predictor sees words, never a derivation:
+where several derivations yield the same roles, it weighs them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import lru_cache
 from itertools import product
 
@@ -32,7 +32,7 @@ def expected(grammar):
     word it follows and the roles are large, or where the roles so far leave open whom a word
     follows; the last row is always exact. ValueError where a whole sentence leaves that open.
     """
-    shapes, mass = _enumerated(grammar), defaultdict(float)
+    shapes, mass = enumerated(grammar), defaultdict(float)
     for shape in shapes:
         for end in range(len(shape.roles) + 1):
             mass[shape.roles[:end]] += shape.probability
@@ -58,16 +58,15 @@ def expected(grammar):
 def in_sentence(grammar):
     """Exact loss per token, in nats, of the best predictor if every sentence has fresh latents.
 
-    A fresh map makes words exchangeable: only which of a sentence's words are equal is informative.
-    The entropy of a sentence is that of its roles, of the pattern of equal words, and of the
-    distinct words that fill the pattern. A verb's ranks depend on its subjects' pattern alone,
-    because habits are drawn independently for each subject. Raises ValueError for a bank, whose
-    habits are not.
+    A fresh map makes words exchangeable: the entropy of a sentence is that of its roles, of the
+    pattern of equal words, and of the distinct words that fill the pattern. A verb's ranks depend
+    on its subjects' pattern alone, because habits are drawn independently for each subject. Raises
+    ValueError for a bank, whose habits are not.
     """
     if grammar.file.bank:
         raise ValueError(
             f"grammar {grammar.name}: bank = {grammar.file.bank}: its habits are no independent "
-            "draws; use reader.reader_losses, which knows the bank"
+            "draws; use reader.bank_losses"
         )
     entropy = 0.0
     for shapes in _by_roles(grammar):
@@ -76,7 +75,8 @@ def in_sentence(grammar):
     return entropy / grammar.mean_length
 
 
-def _enumerated(grammar):
+def enumerated(grammar):
+    """The grammar's shapes; ValueError if they cannot be enumerated."""
     if grammar.shapes is None:
         raise ValueError(
             f"grammar {grammar.name}: its sentence shapes cannot be enumerated (recursive, or too "
@@ -88,7 +88,7 @@ def _enumerated(grammar):
 def _by_roles(grammar):
     """The shapes, those that have the same roles together: a list of lists."""
     groups = defaultdict(list)
-    for shape in _enumerated(grammar):
+    for shape in enumerated(grammar):
         groups[shape.roles].append(shape)
     return list(groups.values())
 
@@ -131,12 +131,10 @@ def _marginal_entropy(grammar, parent, child):
     """Entropy of a word before the word it follows is seen, averaged over habits.
 
     Enumerates which ranks of the parent call for a word; NaN for more than _MOST_PARENTS of them.
-    One to one habits (of a bank) leave an even law even.
     """
-    binding = grammar.file.binding
-    if grammar.file.bank:
-        return _entropy(grammar.frequencies[child])
     above, law = grammar.frequencies[parent], grammar.frequencies[child]
+    if grammar.file.bank:  # one to one habits leave an even law even
+        return _entropy(law)
     if len(above) > _MOST_PARENTS:
         return np.nan
     callers = np.array(list(product((0, 1), repeat=len(above))))
@@ -144,7 +142,7 @@ def _marginal_entropy(grammar, parent, child):
     total = 0.0
     for p in law:
         chance = p**size * (1 - p) ** (len(above) - size)
-        q = (1 - binding) * p + binding * mass
+        q = (1 - grammar.file.binding) * p + grammar.file.binding * mass
         total -= (chance * q * np.log(np.where(q > 0, q, 1))).sum()
     return float(total)
 
@@ -243,27 +241,18 @@ def _pattern_law(law, binding, callers):
                 sources[i] = ("habit", callers[i])
         draws = list(dict.fromkeys(sources))
         for blocks in _partitions(len(draws)):  # which independent draws turned out equal
-            sizes = tuple(sorted(blocks.count(block) for block in set(blocks)))
-            pattern = _canonical([blocks[draws.index(source)] for source in sources])
+            sizes = tuple(sorted(Counter(blocks).values()))
+            pattern = tuple(blocks[draws.index(source)] for source in sources)
             table[pattern] += weight * _distinct_mass(law, sizes)
     return table
 
 
 def _partitions(n):
     """Every partition of n things, as tuples of block numbers in order of appearance."""
-    if n == 0:
-        return [()]
-    found = []
-    for shorter in _partitions(n - 1):
-        for block in range(max(shorter, default=-1) + 2):
-            found.append((*shorter, block))
+    found = [()]
+    for _ in range(n):
+        found = [(*some, new) for some in found for new in range(max(some, default=-1) + 2)]
     return found
-
-
-def _canonical(labels):
-    """The labels numbered in order of appearance."""
-    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-    return tuple(number[label] for label in labels)
 
 
 @lru_cache(maxsize=None)

@@ -1,10 +1,9 @@
 """What the past is worth where words call for words, by readers that need only who called for what.
 
 Each of a role's words calls for one of `options` words, all alike before anything was seen; that
-one follows with probability `binding`, else any of the options does. What a word calls for then
-depends on nothing but what followed it since its habits were drawn, so both readers are a few lines
-on a mask (sequence, query, key) of the earlier words that followed the query's word. The loss of a
-query is that of the next token.
+one follows with probability `binding`, else any of the options does. So all that tells of it is
+what followed the word since its habits were drawn: a mask (sequence, query, key) of earlier words.
+The loss of a query is that of the next token, in nats: (sequence, position), as `tokens`.
 """
 
 import math
@@ -15,10 +14,10 @@ from torch.nn.functional import one_hot, pad
 
 
 def ideal_losses(tokens, fresh, options: int, binding: float) -> torch.Tensor:
-    """Loss in nats (sequence, position) of the reader who knows which earlier words still count.
+    """Loss of the reader who knows which earlier words still count.
 
-    `tokens` (sequence, position); `fresh` are the keys since the habits were drawn. By Bayes' rule
-    an option seen c times weighs (1 + options binding / (1 - binding))^c: exact.
+    `fresh` are the keys since the habits were drawn. By Bayes' rule an option seen c times weighs
+    (1 + options binding / (1 - binding))^c: exact.
     """
     seen, next_seen = _counts(tokens, fresh)
     odds = 1 + options * binding / (1 - binding)
@@ -27,17 +26,16 @@ def ideal_losses(tokens, fresh, options: int, binding: float) -> torch.Tensor:
 
 
 def inherited_losses(words, seen, part, within, redrawn: float, options: int, binding: float):
-    """Loss in nats (sequence, position) of the ideal reader where parts inherit a whole's habits.
+    """Loss of the ideal reader where parts inherit a whole's habits.
 
     A sequence is a whole of `within[0]` parts, each again of `within[1]`, and so on. A part has the
     habits of what it is a part of, but draws each anew with probability `redrawn`. `words` numbers
-    a token within its role; `part` is the number of its smallest part, from 0; both (sequence,
-    position). `seen` are all earlier keys of the query's word, expired or not. Exact: messages go
-    up the tree, and Bayes' rule compares the evidence with and without the next token.
+    a token within its role; `part` is the number of its smallest part, from 0. `seen` are all
+    earlier keys of the query's word, expired or not. Exact: messages go up the tree, and Bayes'
+    rule compares the evidence with and without the next token.
     """
     odds = 1 + options * binding / (1 - binding)
-    said = one_hot(part)[..., None] * one_hot(words, options)[:, :, None]  # (..., part, word)
-    said = said.double()
+    said = one_hot(part)[..., None] * one_hot(words, options)[:, :, None].double()
 
     def evidence(keys):  # of each query: (sequence, query)
         message = odds ** torch.einsum("bqk,bkpw->bqpw", keys.double(), said)
@@ -52,7 +50,7 @@ def inherited_losses(words, seen, part, within, redrawn: float, options: int, bi
 
 
 def even_losses(tokens, seen, options: int, asked) -> torch.Tensor:
-    """Loss in nats (sequence, position) of counting all `seen` keys alike, expired ones too.
+    """Loss of counting all `seen` keys alike, expired ones too.
 
     An option seen c times of n has probability (c + prior / options) / (n + prior), with the prior
     (of a grid) that makes the loss over the queries `asked` (sequence, position) least.

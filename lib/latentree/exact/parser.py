@@ -1,10 +1,10 @@
 """What may come next: exact prefix probabilities, by a probabilistic Earley parser.
 
-The parser keeps, for every rule in progress, the probability of all derivations that agree with the
-prefix (forward) and of the rule's own part (inner); left-corner and unit-production loops are
-summed in closed form, so recursive grammars cost no more than others (Stolcke 1995, "An efficient
-probabilistic context-free parsing algorithm"). Both are given the roles so far, so that none is too
-small for a float, however long the sentence.
+For every rule in progress it keeps the probability of all derivations that agree with the prefix
+(forward) and of the rule's own part (inner), both given the roles so far, so that none is too small
+for a float. Left-corner and unit-production loops are summed in closed form, so recursive grammars
+cost no more than others (Stolcke 1995, "An efficient probabilistic context-free parsing
+algorithm").
 """
 
 from collections import defaultdict
@@ -30,10 +30,7 @@ class _Prefix:
 
 
 class PrefixParser:
-    """Next-role probabilities after any prefix of a sentence, a tuple of role names.
-
-    Each prefix is parsed once and remembered, as long as they are not too many.
-    """
+    """Next-role probabilities after any prefix of a sentence, a tuple of role names."""
 
     def __init__(self, grammar):
         self._number = {role: r for r, role in enumerate(grammar.roles)}
@@ -60,21 +57,15 @@ class PrefixParser:
         self._predict(self._empty, {root: 1.0})
 
     def next_roles(self, prefix):
-        """Probability of each role (in the grammar's order) after `prefix`, the sentence so far.
-
-        All zeros if the grammar cannot continue the prefix.
-        """
+        """P(each role | `prefix`, the sentence so far) (roles,); zeros if nothing can follow it."""
         return self._parse(prefix).law
-
-    def legal_roles(self, prefix):
-        """Names of the roles that may follow `prefix`."""
-        return {role for role, p in zip(self._number, self.next_roles(prefix)) if p > 0}
 
     def log_probability(self, prefix):
         """Log of the probability that a sentence begins with `prefix`; -inf if none does."""
         return self._parse(prefix).log_p
 
     def _parse(self, prefix):
+        """What is known after a prefix: each is parsed once, and remembered for a while."""
         if self._count > _MOST_PREFIXES:
             self._empty.longer, self._count = {}, 0
         known = self._empty

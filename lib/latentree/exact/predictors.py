@@ -1,9 +1,8 @@
 """Predictors run on given tokens: syntax-only and latent-aware, exact.
 
-The exact predictors mix over sentence shapes. Under one shape a word depends on the earlier words
-of its own clause, along the habits that bind them (a tree), so its distribution follows from
-messages passed along that tree; each shape's weight is its probability times that of the sentence's
-words so far.
+They mix over sentence shapes, each with the weight of its probability times that of the sentence's
+words so far. Under one shape a word depends on the earlier words of its own clause along the habits
+that bind them (a tree): its distribution follows from messages passed along that tree.
 """
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch.nn.functional import one_hot
 
 from latentree.data.corpus import held_out
 from latentree.data.grammar import open_binding
+from latentree.exact.ceilings import enumerated
 from latentree.exact.parser import PrefixParser
 
 
@@ -23,10 +23,8 @@ def token_losses(grammar, documents, latent_aware=True):
     """
     if grammar.shapes is not None:
         return -predictive(grammar, documents, latent_aware, log_token=True)
-    sentences, losses = (
-        _Sentences(grammar, documents, latent_aware),
-        role_losses(grammar, documents),
-    )
+    sentences = _Sentences(grammar, documents, latent_aware)
+    losses = role_losses(grammar, documents)
     if not latent_aware or grammar.file.binding == 0:
         return losses - sentences.log_frequencies()
     if roles := open_binding(documents.shapes):
@@ -47,23 +45,18 @@ def token_losses(grammar, documents, latent_aware=True):
 def predictive(grammar, documents, latent_aware=True, log_token=False):
     """Exact next-token distribution before each token: (tokens, vocabulary).
 
-    With `log_token` only log p(token), (tokens,). `documents` are whole documents with their
-    derivation (GrammarProcess.documents). Raises ValueError for a grammar whose shapes cannot be
-    enumerated.
+    With `log_token` only log p(token), (tokens,). `documents` are whole ones, of a GrammarProcess.
+    Raises ValueError for a grammar whose shapes cannot be enumerated.
     """
-    if grammar.shapes is None:
-        raise ValueError(
-            f"grammar {grammar.name}: whole distributions need shapes that can be enumerated; use "
-            "token_losses"
-        )
+    shapes = enumerated(grammar)
     sentences = _Sentences(grammar, documents, latent_aware)
     size = () if log_token else (grammar.vocabulary_size,)
     result = torch.zeros((*sentences.kept.shape, *size), dtype=torch.float64)
-    prior = torch.tensor([shape.probability for shape in grammar.shapes], dtype=torch.float64)
+    prior = torch.tensor([shape.probability for shape in shapes], dtype=torch.float64)
     weight = prior.repeat(len(result), 1)  # of each shape and the words so far
     for place in range(result.shape[1]):
         total = weight.sum(1)
-        for number, shape in enumerate(grammar.shapes):
+        for number, shape in enumerate(shapes):
             if place >= len(shape.roles):
                 weight[:, number] = 0
                 continue
@@ -91,11 +84,8 @@ class _Sentences:
         self.kept[row, place] = True
         self._unit = token["unit"][place == 0]
         if latent_aware:
-            self._binding, self._maps, laws = (
-                grammar.file.binding,
-                documents.maps,
-                grammar.frequencies,
-            )
+            self._binding, laws = grammar.file.binding, grammar.frequencies
+            self._maps = documents.maps
         else:
             self._binding, laws = 0.0, [np.full(size, 1 / size) for size in grammar.sizes]
             words = [torch.as_tensor(words)[None] for words in grammar.words]
@@ -130,14 +120,13 @@ class _Sentences:
 
     def chance(self, law, shape, place):
         """P(word at `place`) by `law`, 0 where its role is not the shape's: (sentences,)."""
-        right = self._roles[:, place] == self._number[shape.roles[place]]
-        chance = law.gather(1, self._rank(shape, place)[:, None])[:, 0]
-        return chance.where(right, 0.0)
+        rank, right = self._rank(shape, place)
+        return law.gather(1, rank[:, None])[:, 0].where(right, 0.0)
 
     def _rank(self, shape, place):
-        """Rank of the word at `place`, 0 where its role is not the shape's: (sentences,)."""
+        """Rank of the word at `place`, 0 where its role is not the shape's, and where it is."""
         right = self._roles[:, place] == self._number[shape.roles[place]]
-        return self._ranks[:, place].where(right, 0)
+        return self._ranks[:, place].where(right, 0), right
 
     def _children(self, shape, place):
         if self._binding == 0:
@@ -146,12 +135,12 @@ class _Sentences:
 
     def _seen(self, shape, place):
         """One-hot ranks of an earlier word: (sentences, size)."""
-        return one_hot(self._rank(shape, place), len(self._laws[shape.roles[place]])).double()
+        return one_hot(self._rank(shape, place)[0], len(self._laws[shape.roles[place]])).double()
 
     def _from_above(self, shape, node, now):
         """What the words above and beside `node` say of its rank: (sentences, size)."""
-        role, parent = shape.roles[node], shape.binds_to[node]
-        law = self._laws[role]
+        role, law = shape.roles[node], self._laws[shape.roles[node]]
+        parent = shape.binds_to[node]
         if parent < 0 or self._binding == 0:
             return law.expand(len(self.kept), -1)
         if parent < now:
@@ -168,8 +157,7 @@ class _Sentences:
 
     def _from_below(self, shape, node, now):
         """What `node` and words below it say of its parent's rank: (sentences, parent's size)."""
-        role = shape.roles[node]
-        law = self._laws[role]
+        role, law = shape.roles[node], self._laws[shape.roles[node]]
         if node < now:
             below = self._seen(shape, node)
         else:

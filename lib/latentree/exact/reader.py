@@ -1,11 +1,10 @@
 """The ideal reader: it begins each document knowing everything but the latents.
 
 Given the words seen, the maps of different roles are independent. For a role that follows no habit
-the posterior is exact (`posterior_frequencies`). For one that does, each map is weighed by what
-followed what, with habits summed out exactly: given the map, the habit of each parent word has its
-own posterior over the child's words. Maps are enumerated where they are few; else a sample of
-uniformly random ones is weighed (importance sampling). A bank's latents are few and known: they are
-weighed by Bayes' rule (`bank_losses`).
+the posterior is exact. For one that does, each map is weighed by what followed what, with habits
+summed out exactly: given the map, the habit of each parent word has its own posterior over the
+child's words. Maps are enumerated where they are few, else a random sample of them is weighed
+(importance sampling). A bank's latents are few and known: they are weighed by Bayes' rule.
 """
 
 from functools import lru_cache
@@ -17,7 +16,6 @@ import torch
 
 from latentree.data.corpus import Documents
 from latentree.data.grammar import open_binding
-from latentree.data.sampler import GrammarProcess
 from latentree.exact.predictors import token_losses
 
 
@@ -34,10 +32,9 @@ def posterior_frequencies(counts, law) -> torch.Tensor:
     """
     law, counts = np.asarray(law, dtype=float), np.asarray(counts)
     seen, kind, size = np.unique(counts, return_inverse=True, return_counts=True)
-    order = np.argsort(-size, kind="stable")
+    order, place = np.argsort(-size, kind="stable"), np.argsort(-law, kind="stable")
     # Prices of ranks and kinds, under which the best assignment (most seen, most frequent) weighs 1
     # and no term more: the table stays in range however many words were seen.
-    place = np.argsort(-law, kind="stable")
     steps = np.sort(counts)[::-1][:-1] * np.diff(np.log(law[place]))
     price = np.zeros(len(law))
     price[place[1:]] = steps.cumsum()
@@ -47,7 +44,10 @@ def posterior_frequencies(counts, law) -> torch.Tensor:
     full = size[order][1:]
     before = [np.zeros(full + 1)]
     before[0][(0,) * len(full)] = 1.0
-    fewer, more = _shifts(len(full))
+    # Along each axis of a table: all places but the last, and all but the first, as indices.
+    every = [np.s_[:]] * len(full)
+    fewer = [(*every[:axis], np.s_[:-1]) for axis in range(len(full))]
+    more = [(*every[:axis], np.s_[1:]) for axis in range(len(full))]
     for first, *others in terms:
         table = before[-1] * first
         for less, plus, term in zip(fewer, more, others):
@@ -69,17 +69,7 @@ def posterior_frequencies(counts, law) -> torch.Tensor:
     return torch.from_numpy(of_kind[kind])
 
 
-def _shifts(axes: int):
-    """Along each axis of a table: all places but the last, and all but the first, as indices."""
-    every = [slice(None)] * axes
-    fewer = [(*every[:axis], slice(None, -1), *every[axis + 1 :]) for axis in range(axes)]
-    more = [(*every[:axis], slice(1, None), *every[axis + 1 :]) for axis in range(axes)]
-    return fewer, more
-
-
-def reader_losses(
-    process: GrammarProcess, rows: dict, role_loss: torch.Tensor, maps: int = 1024, seed: int = 0
-) -> torch.Tensor:
+def reader_losses(process, rows: dict, role_loss, maps=1024, seed=0) -> torch.Tensor:
     """Loss of the ideal reader for each token of windows `rows` (sequence, position), in nats.
 
     It knows the syntax (`role_loss`, -log P(role | sentence so far)), the laws of ranks and habits,
@@ -88,9 +78,7 @@ def reader_losses(
     habits bind words or a role has at most `maps` maps, as long as a clause has each role once and
     is finished before the next begins. Else the Monte Carlo error is that between two seeds; on
     average the loss is too high, by about a quarter of the mean squared difference between them.
-
-    Raises ValueError if latents are redrawn in part or at several levels, or if the roles so far do
-    not say which word follows which: this reader knows no such latents, and no such sentences.
+    Raises ValueError for a grammar whose ideal reader is not known (`check_known`).
     """
     grammar = process.grammar
     check_known(grammar)
@@ -116,21 +104,19 @@ def reader_losses(
     return losses + role_loss
 
 
-def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
+def bank_losses(process, rows: dict) -> torch.Tensor:
     """Loss of the ideal reader of a bank for each token of windows `rows`, in nats.
 
     (sequence, position) float64. It knows the grammar and every latent of the bank, and weighs them
     by what the tokens so far say, since the latent was last drawn (the field unit). Exact.
     """
     fields = {name: rows[name].flatten() for name in ("tokens", "place", "shape")}
-    shapes, count = process.grammar.shapes, process.grammar.file.bank
-    grammar, words = process.grammar, {}
+    grammar, count, words, told = process.grammar, process.grammar.file.bank, {}, []
     for role, tokens in zip(grammar.roles, grammar.words):
         words[role] = torch.as_tensor(tokens).expand(count, -1)
-    told = []
     for latent in range(count):
         unit = torch.full_like(fields["place"], latent)
-        given = Documents(fields | {"unit": unit}, count, shapes, words, process.bank)
+        given = Documents(fields | {"unit": unit}, count, grammar.shapes, words, process.bank)
         told.append(-token_losses(grammar, given))
     told = torch.stack(told).view(count, *rows["unit"].shape)
     before = told.cumsum(2) - told
@@ -140,21 +126,21 @@ def bank_losses(process: GrammarProcess, rows: dict) -> torch.Tensor:
 
 
 def check_known(grammar):
-    """ValueError, a line, if `reader_losses` does not know the ideal reader of a grammar.
+    """ValueError, a line, if `reader_losses` does not know the reader of a grammar (None: none).
 
-    None stands for that of a corpus without one.
+    It knows latents that one level redraws as a whole, and sentences whose roles so far say which
+    word follows which.
     """
     if grammar is None:
         raise ValueError(
             "the first corpus follows no grammar, so that it has no ideal reader; name one first "
             "whose file has a `sentence`, as bound has"
         )
-    shares = [share for share in grammar.file.redraw.values() if share > 0]
     if grammar.file.bank:
         raise ValueError(
             f"{grammar.name}: bank = {grammar.file.bank}: its reader is `bank_losses`; use that"
         )
-    if shares != [1.0]:
+    if [share for share in grammar.file.redraw.values() if share > 0] != [1.0]:
         raise ValueError(
             f"{grammar.name}: redraw is {grammar.file.redraw}: the ideal reader is known where one "
             "level redraws all latents; choose another grammar"
@@ -166,18 +152,13 @@ def check_known(grammar):
         )
 
 
-def _is_bound(grammar, role):
-    return grammar.file.binding > 0 and role in grammar.file.habits
-
-
 # ---------------------------------------------------------------------- one sentence
 
 
 def _predicted(shape, words, known) -> np.ndarray:
     """P(next word of its role), (size,), in a sentence of this Shape after the words so far.
 
-    Words are numbers in their roles.
-    `known` {role: what is known of its words}. Messages pass along the habits, as in `predictors`.
+    Words are numbers in their roles. Messages pass along the habits, as in `predictors`.
     """
     now = len(words)
 
@@ -213,8 +194,7 @@ def _predicted(shape, words, known) -> np.ndarray:
 
 def _learn(shape, words, word, known) -> None:
     """Take in the next `word` of a sentence: what it follows, and what followed it already."""
-    now = len(words)
-    parent = shape.binds_to[now]
+    now, parent = len(words), shape.binds_to[len(words)]
     if parent < now:
         known[shape.roles[now]].learn(word, words[parent] if parent >= 0 else None)
     for child in range(now):
@@ -250,8 +230,8 @@ class _Free:
 class _Bound:
     """What is known of the words of a role that follows habits.
 
-    maps: as frequencies (map, size), with their weight (map,); habit[parent]: P(the word it calls
-    for | map), (map, size).
+    maps (map, size) are frequencies, each with its weight (map,); habit[parent] (map, size) is
+    P(the word it calls for | map).
     """
 
     def __init__(self, maps, binding):
@@ -285,15 +265,14 @@ def _maps_of(grammar, count, seed):
     """Maps, as frequencies (map, size), of each bound role: all, or about `count` at random."""
     draw, maps = np.random.default_rng(seed), {}
     for role, law in zip(grammar.roles, grammar.frequencies):
-        if not _is_bound(grammar, role):
+        if grammar.file.binding == 0 or role not in grammar.file.habits:
             continue
         if law.max() == law.min():
             maps[role] = law[None]
         elif factorial(len(law)) <= count:
             maps[role] = np.array(list(permutations(law)))
         else:
-            some = np.tile(law, (-(-count // len(law)), 1))
-            some = draw.permuted(some, axis=1)
+            some = draw.permuted(np.tile(law, (-(-count // len(law)), 1)), axis=1)
             # With all turns of each, no word is favoured.
             maps[role] = np.concatenate([np.roll(some, turn, 1) for turn in range(len(law))])
     return maps

@@ -33,8 +33,8 @@ class TwoLevel:
         local = local.view(z0, z1)
         block = torch.arange(tokens) // (tokens // z0) == torch.arange(z0)[:, None]
         above = torch.where(block, contrast, -contrast).double()
-        below = torch.randn(z1, tokens, dtype=torch.float64, generator=draw)
-        below = above[parent] + noise * below
+        normal = torch.randn(z1, tokens, dtype=torch.float64, generator=draw)
+        below = above[parent] + noise * normal
         self.log_z0 = (first / first.sum()).log()
         self.log_z1 = (local / local.sum(1, keepdim=True)).log()
         self.log_evidence = below.log_softmax(-1)
@@ -59,7 +59,6 @@ def losses(process: TwoLevel, clues, query, windows) -> torch.Tensor:
 
     `windows` are numbers of earlier segments; the last one's own evidence is always seen.
     """
-    last = query[:, -1]
     joint = process.log_z1 + process.log_evidence.T[clues].sum(2)[:, :, None]
     whole = joint + process.log_query.permute(2, 0, 1)[query]  # (sequence, segment, z0, z1)
     told = whole.logsumexp(3)[:, :-1]  # what earlier segments say of z0
@@ -67,6 +66,6 @@ def losses(process: TwoLevel, clues, query, windows) -> torch.Tensor:
     for window in windows:
         before = process.log_z0 + told[:, max(0, told.shape[1] - window) :].sum(1)
         known = before[..., None] + joint[:, -1]
-        asked = known + process.log_query.permute(2, 0, 1)[last]
+        asked = known + process.log_query.permute(2, 0, 1)[query[:, -1]]
         found.append(known.logsumexp((1, 2)) - asked.logsumexp((1, 2)))
     return torch.stack(found)
