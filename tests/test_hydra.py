@@ -269,63 +269,59 @@ def test_donors_are_drawn_uniformly():
     assert not counts.diagonal().any() and (counts + 100 * torch.eye(4) - 100).abs().max() < 40
 
 
+def windows(corpus, sequences, shown):
+    """The fields of the held-out windows of 48 tokens that are left in a stimulus, and which."""
+    fields = held_out(corpus, sequences, 48)
+    kept = (fields["tokens"][:, None] == shown.tokens).all(-1).any(1)
+    assert 15 < kept.sum() == len(shown.tokens)
+    return {name: field[kept] for name, field in fields.items()}, kept
+
+
 def test_the_stimulus():
-    corpus, row = bound_corpus(), torch.arange(20)
-    fields = held_out(corpus, 20, 48)
-    shown = stimulus(corpus, 20, 48, seed=3, same_word=False)
+    corpus = bound_corpus()
+    shown = stimulus(corpus, 20, 48, seed=3)
+    (fields, _), row = windows(corpus, 20, shown), torch.arange(len(shown.at))
     assert shown.tokens.equal(fields["tokens"])
     assert shown.target.equal(shown.tokens[row, shown.at + 1])
     assert (shown.at >= 24).all() and (shown.at < 47).all()
     assert fields["document"][row, shown.at].equal(fields["document"][row, shown.at + 1])
-    assert shown.at.equal(stimulus(corpus, 20, 48, seed=3, same_word=False).at)
-    assert not shown.at.equal(stimulus(corpus, 20, 48, seed=4, same_word=False).at)
+    assert shown.at.equal(stimulus(corpus, 20, 48, seed=3).at)
+    assert not shown.at.equal(stimulus(corpus, 20, 48, seed=4).at)
     role = torch.as_tensor(corpus.grammar.role_of)
     assert shown.peers.equal(role == role[shown.target][:, None])
-    kept = row % 3 > 0
-    part = shown.of(kept)
-    for name in ("tokens", "at", "target", "state", "peers"):
-        assert getattr(part, name).equal(getattr(shown, name)[kept])
+    sequence, position = (donor[row, shown.at] for donor in shown.same_state)
+    assert (sequence != row).all()  # a donor has the same word in the same state
+    assert shown.tokens[sequence, position].equal(shown.tokens[row, shown.at])
+    states = _syntactic_states(corpus.grammar, fields)
+    assert states[sequence, position].equal(states[row, shown.at])
 
 
 def test_a_stimulus_at_some_positions_only():
     corpus = bound_corpus()
     allowed = bound_queries(corpus.grammar, held_out(corpus, 20, 48)["tokens"])
     allowed[5] = False
-    shown = stimulus(corpus, 20, 48, where=allowed, same_word=False)
-    kept = torch.arange(20) != 5
-    assert shown.tokens.equal(held_out(corpus, 20, 48)["tokens"][kept])
-    assert allowed[kept][torch.arange(19), shown.at].all()
+    shown = stimulus(corpus, 20, 48, where=allowed)
+    _, kept = windows(corpus, 20, shown)
+    assert not kept[5]
+    assert allowed[kept][torch.arange(len(shown.at)), shown.at].all()
 
 
 def test_a_grammar_reads_the_states_of_a_corpus_without_one():
     parent = bound_corpus()
     chain = Chain(parent, order=1)
-    shown = stimulus(chain, 8, 48, grammar=parent.grammar, same_word=False)
-    fields = held_out(chain, 8, 48)
+    shown = stimulus(chain, 20, 48, grammar=parent.grammar)
+    fields, _ = windows(chain, 20, shown)
     naive = naive_states(fields["tokens"], fields["document"], parent.grammar)
-    both = set(zip(naive, shown.state.flatten().tolist(), strict=True))
-    assert len(both) == len(set(naive)) == len(shown.state.unique())
-    shown = stimulus(HashedTables(), 4, 32, same_word=False)
-    assert not shown.state.any() and shown.peers is None
-
-
-def test_donors_of_the_same_word():
-    """By default a donor has the same word in the same state of another document."""
-    corpus = bound_corpus()
-    shown, any_word = stimulus(corpus, 20, 48), stimulus(corpus, 20, 48, same_word=False)
-    row = torch.arange(len(shown.at))
-    sequence, position = (donor[row, shown.at] for donor in shown.same_state)
-    assert (sequence != row).all()
-    assert shown.tokens[sequence, position].equal(shown.tokens[row, shown.at])
-    assert shown.state[sequence, position].equal(shown.state[row, shown.at])
-    kept = (any_word.tokens[:, None] == shown.tokens).all(-1).any(1)
-    assert any_word.at[kept].equal(shown.at)
+    words = fields["tokens"].flatten().tolist()
+    both = set(zip(zip(naive, words), shown.state.flatten().tolist(), strict=True))
+    assert len(both) == len(set(zip(naive, words))) == len(shown.state.unique())
+    shown = stimulus(HashedTables(), 4, 32)
+    assert shown.state.equal(shown.tokens) and shown.peers is None
 
 
 def test_text_in_which_no_position_has_a_donor_is_refused():
     words = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).view(20, 50)
     text = Text("random", [*words.numpy()], vocabulary_size=1001, end=1000)
-    assert len(stimulus(text, 8, 24, same_word=False).at) == 8
     with pytest.raises(ValueError, match="where: leaves 0 of 8 sequences .* for 2 or more"):
         stimulus(text, 8, 24)  # no word comes twice
     # Where two keep each other's donors, the rest is left out.

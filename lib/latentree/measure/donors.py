@@ -14,16 +14,14 @@ import torch
 from latentree.data.corpus import held_out
 
 
-def stimulus(
-    corpus, sequences, context, seed=0, grammar=None, where=None, same_word=True
-) -> Stimulus:
+def stimulus(corpus, sequences, context, seed=0, grammar=None, where=None) -> Stimulus:
     """Held-out windows of `context` tokens, each scored at a position drawn from its second half.
 
     The next token is of the same document. `where` (sequence, position), booleans over the windows
     that held_out gives, allows fewer positions. `grammar` reads syntactic states, the corpus's own
-    if it has one; without any, all positions are in one state. With `same_word` a state includes
-    the word that stands there: a donor differs only in what came before. Windows without an allowed
-    position, or without a donor for it, are left out. ValueError if less than 2 windows are left.
+    if it has one. A state includes the word that stands there: a donor differs only in what came
+    before. Windows without an allowed position, or without a donor for it, are left out. ValueError
+    if less than 2 windows are left.
     """
     fields = held_out(corpus, sequences, context)
     tokens, document = fields["tokens"], fields["document"]
@@ -35,25 +33,20 @@ def stimulus(
     at = drawn.masked_fill(~allowed, -1).argmax(1)
     target = tokens[torch.arange(sequences), at + 1]
     grammar = grammar or corpus.grammar
-    state, peers = _syntactic_states(grammar, fields), None
+    state, peers = _syntactic_states(grammar, fields) * corpus.vocabulary_size + tokens, None
     if grammar is not None:
         role = torch.as_tensor(grammar.role_of)
         peers = role == role[target][:, None]
-    if same_word:
-        state = state * corpus.vocabulary_size + tokens
     return Stimulus(tokens, at, target, state, seed, peers).of(allowed.any(1))
 
 
 def _syntactic_states(grammar, fields) -> torch.Tensor:
-    """A number (sequence, position) for the roles of the sentence so far; 0 without a grammar.
-
-    `fields` are held_out's. An end token closes a sentence, and so does the end of a document.
-    """
+    """A number (sequence, position) for the roles of the sentence so far; 0 without a grammar."""
     tokens, document = fields["tokens"], fields["document"]
     if grammar is None:
         return torch.zeros_like(tokens)
     role = torch.as_tensor(grammar.role_of)[tokens]
-    begins = torch.ones_like(tokens, dtype=torch.bool)
+    begins = torch.ones_like(tokens, dtype=torch.bool)  # of a sentence
     begins[:, 1:] = (tokens[:, :-1] == grammar.end) | (document[:, 1:] != document[:, :-1])
     numbers, states, state = {}, [], None
     for word, first in zip(role.flatten().tolist(), begins.flatten().tolist(), strict=True):
@@ -120,10 +113,5 @@ class Stimulus:
 
     @cached_property
     def same_state(self):
-        """Donors of the same syntactic state."""
+        """Donors, one for each position: (sequence, position) numbers, as `_draw_donors`."""
         return _draw_donors(self.state, self.seed)
-
-    @cached_property
-    def any_state(self):
-        """Donors of any state."""
-        return _draw_donors(torch.zeros_like(self.state), self.seed)
