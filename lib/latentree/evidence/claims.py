@@ -46,7 +46,7 @@ class Claim:
             return
         if self.above is None and self.below is None:
             raise ValueError(f"claim {self.id}: has no region; give above or below")
-        value, low, high = self.interval
+        _, low, high = self.interval
         if not low <= high:
             raise ValueError(f"claim {self.id}: interval {low} to {high} is none; give numbers")
         if not self.n or not len(self.seeds):
@@ -59,10 +59,10 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """What the region says of the interval, in a word.
+        """What the region says of the interval: whether all of it lies inside, or all outside.
 
         A phenomenon of the paper's is present, or absent; what a control or we say is as predicted,
-        or contradicted: if the whole interval lies in the region, or outside. Else it is undecided.
+        or contradicted. Else it is undecided.
         """
         if self.interval is None:
             return "not tested"
@@ -90,27 +90,14 @@ class Claim:
         """All fields as plain JSON values: the interval as value, low, high, and the verdict."""
         fields = asdict(self)
         interval = fields.pop("interval") or (None, None, None)
-        numbers = dict(zip(("value", "low", "high"), interval))
-        numbers |= {name: fields[name] for name in ("above", "below", "null")}
-        for name, number in numbers.items():
-            fields[name] = None if number is None else float(number)
+        fields |= dict(zip(("value", "low", "high"), interval))
+        for name in ("value", "low", "high", "above", "below", "null"):
+            fields[name] = None if fields[name] is None else float(fields[name])
         fields |= {"n": int(self.n), "seeds": [int(seed) for seed in self.seeds]}
         return fields | {"verdict": self.verdict}
 
 
 def claims_table(claims) -> pd.DataFrame:
     """The claims, one row each, as a notebook shows them at its end."""
-    columns = [
-        "statement",
-        "corpus",
-        "value",
-        "low",
-        "high",
-        "null",
-        "above",
-        "below",
-        "n",
-        "paper",
-    ]
-    table = pd.DataFrame([claim.as_dict() for claim in claims]).set_index("id")
-    return table[[*columns, "verdict"]]
+    columns = "statement corpus value low high null above below n paper verdict".split()
+    return pd.DataFrame([claim.as_dict() for claim in claims]).set_index("id")[columns]

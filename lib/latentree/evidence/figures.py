@@ -66,7 +66,7 @@ def write(figure, path) -> None:
     Path(path).write_bytes(with_palette(drawn.getvalue()))
 
 
-def write_film(figures, path, milliseconds: int = 700) -> None:
+def write_film(figures, path) -> None:
     """Write figures of the same size as an animated WebP file, and close them; the last stays."""
     frames = []
     for figure in figures:
@@ -74,7 +74,7 @@ def write_film(figures, path, milliseconds: int = 700) -> None:
         figure.savefig(drawn, dpi=80)
         plt.close(figure)
         frames.append(Image.open(drawn).convert("RGB"))
-    times = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
+    times = [700] * (len(frames) - 1) + [2800]  # milliseconds
     film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
     frames[0].save(path, quality=60, method=4, **film)
 
