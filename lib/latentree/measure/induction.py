@@ -124,19 +124,18 @@ def choose_and_score(sums, counts):
     return *ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts), chosen
 
 
-def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
+def emergence_step(curve: pd.DataFrame, null: str, margin: float) -> int | None:
     """The first step from which on the lower end stays above null + margin; None if never.
 
-    `curve` has one row a step, with columns step and low; `null` is a number or a column's name.
-    Raises ValueError for several rows of one step.
+    `curve` has one row a step, with columns step, low and the one that `null` names. Raises
+    ValueError for several rows of one step.
     """
     if curve["step"].duplicated().any():
         raise ValueError(
             f"curve: has {len(curve)} rows for {curve['step'].nunique()} steps; choose one curve"
         )
     curve = curve.sort_values("step", ascending=False)
-    level = curve[null] if isinstance(null, str) else null
-    stays = (curve["low"] > level + margin).cummin()  # from the last step backwards
+    stays = (curve["low"] > curve[null] + margin).cummin()  # from the last step backwards
     return int(curve["step"][stays].min()) if stays.any() else None
 
 
