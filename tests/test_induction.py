@@ -194,13 +194,13 @@ def test_the_best_of_equal_heads_is_not_flattered():
     noise = torch.randn(200, 40, 100, generator=generator, dtype=torch.float64)
     count = torch.ones(40, dtype=torch.int64)
     best = pd.DataFrame(
-        [[float(x) for x in choose_and_score(sums, count)[:3]] for sums in noise],
+        [[float(x) for x in choose_and_score(sums, count)] for sums in noise],
         columns=["value", "low", "high"],
     )
     assert abs(best.value.mean()) < 0.03  # the plain maximum gives 0.4
     assert 0.9 < ((best.low < 0) & (best.high > 0)).mean() < 0.99
-    value, _, _, chosen = choose_and_score(noise[0] + 2 * (torch.arange(100) == 7), count)
-    assert chosen.tolist() == [7, 7] and abs(value - 2) < 0.6
+    value, _, _ = choose_and_score(noise[0] + 2 * (torch.arange(100) == 7), count)
+    assert value == pytest.approx(float(noise[0][:, 7].mean()) + 2)  # both halves choose it
 
 
 def test_in_context_gain():

@@ -44,10 +44,7 @@ def _surprise(logits, prompts: Prompts) -> torch.Tensor:
 
 
 def _states(model, contexts: Contexts, rows: int = 64):
-    """Head outputs z (layer, query, head, head_dim) and logits (query, vocabulary) at queries.
-
-    `rows` contexts run at a time.
-    """
+    """Head outputs z (layer, query, head, head_dim) and logits (query, vocabulary) at queries."""
     z, logits = [], []
     for first in range(0, len(contexts.tokens), rows):
         found = run(model, contexts.tokens[first : first + rows], ("z", "logits"))
@@ -74,8 +71,8 @@ def last_logits(model, tokens, change=None) -> torch.Tensor:
 def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> torch.Tensor:
     """`last_logits` when `vectors` (batch, width) are added at the last position.
 
-    to: `attention`, to what the layer's attention adds to the stream, so that an MLP that comes
-    after it reads the sum; `stream`, to the stream after the whole layer.
+    to: `attention`, to what the layer's attention adds, so that an MLP that comes after it reads
+    the sum; `stream`, to the stream after the whole layer.
     """
 
     def add(written):
@@ -164,7 +161,7 @@ def _over_latents(rows: dict, latent) -> pd.DataFrame:
         if vector == DIFFERENCE:
             differences.setdefault((prompt, quantity), []).append(sums)
     for (prompt, quantity), layers in differences.items():
-        best = choose_and_score(torch.stack(layers, 1), count)[:3]
+        best = choose_and_score(torch.stack(layers, 1), count)
         table.append((prompt, BEST, -1, quantity, *map(float, best)))
     columns = ["prompt", "vector", "layer", "quantity", "value", "low", "high"]
     return pd.DataFrame(table, columns=columns).assign(latents=len(there))
@@ -173,7 +170,7 @@ def _over_latents(rows: dict, latent) -> pd.DataFrame:
 # ------------------------------------------------------------------ a function, or a bias
 
 
-def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
+def best_bias(logits, prompts: Prompts) -> torch.Tensor:
     """Logits (prompt, vocabulary) plus the output bias of each latent that predicts best.
 
     It is fitted to the very prompts, by iterative scaling (Darroch and Ratcliff 1972): each step
@@ -183,7 +180,7 @@ def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
     there, place = prompts.latent.unique(return_inverse=True)
     nothing = torch.zeros(len(there), log_p.shape[1], dtype=torch.float64)
     wanted = nothing.index_add(0, place, prompts.gold).clamp(min=1e-9).log()
-    for _ in range(steps):
+    for _ in range(500):
         given = nothing.index_add(0, place, log_p.exp()).clamp(min=1e-9).log()
         log_p = (log_p + (wanted - given)[place]).log_softmax(-1)
     return log_p

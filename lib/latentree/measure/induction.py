@@ -75,7 +75,7 @@ def head_rows(intervals, heads: int, **columns) -> pd.DataFrame:
 
 def best_row(table: pd.DataFrame, head: int, sums, counts) -> pd.DataFrame:
     """The row of a head of `head_rows` with the value of the best head, by `choose_and_score`."""
-    interval = map(float, choose_and_score(sums, counts)[:3])
+    interval = map(float, choose_and_score(sums, counts))
     return table.iloc[[head]].assign(variant="best", **dict(zip(_INTERVAL, interval)))
 
 
@@ -101,9 +101,8 @@ def _chance(targets: Targets) -> torch.Tensor:
 def _in_context_gain(losses, stimulus: Stimulus):
     """How much less a repeated pair costs than its first occurrence: sums and counts (sequence,).
 
-    `losses` (sequence, position - 1), nats. The gain, log p(x_q+1) at each later occurrence of
-    (x_q, x_q+1) in a document minus at the first, is averaged over later occurrences; what other
-    context adds between the two is part of it.
+    The gain in nats is log p(x_q+1) at a later occurrence of (x_q, x_q+1) in a document minus at
+    the first; what other context adds between the two is part of it.
     """
     same_pair = stimulus.orders[:, 1:, 1:] >= 2
     again, first = same_pair.any(2), same_pair.int().argmax(2)
@@ -114,14 +113,14 @@ def _in_context_gain(losses, stimulus: Stimulus):
 def choose_and_score(sums, counts):
     """The best head, chosen on one half of the sequences and scored on the other, both ways.
 
-    `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all
-    sequences, and the heads (2,) chosen by the odd and the even ones. The maximum over heads does
-    not bias the value: no sequence chooses its head. The interval takes the choice as given.
+    `sums` (sequence, head), `counts` (sequence,). (value, low, high) as `ratio` over all sequences.
+    The maximum over heads does not bias the value: no sequence chooses its head. The interval takes
+    the choice as given.
     """
     half = torch.arange(len(sums), device=sums.device) % 2
     odd, even = half == 1, half == 0
     chosen = torch.stack([_best(sums[odd], counts[odd]), _best(sums[even], counts[even])])
-    return *ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts), chosen
+    return ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts)
 
 
 def emergence_step(curve: pd.DataFrame, null: str, margin: float) -> int | None:
@@ -146,10 +145,7 @@ def _best(sums, counts):
 
 
 def _score_rows(sums, targets: Targets, heads: int) -> pd.DataFrame:
-    """The rows of heads, best heads and the released score.
-
-    `sums` (sequence, own or another's, score, head) are of `attention_sums`.
-    """
+    """Rows of sums (sequence, own or another's, score, head): heads, the best, the release's."""
     own, counts = sums[:, 0], targets.queries
     null = sums[:, 1].sum(0) / counts.sum(0)[:, None]
     tables = []

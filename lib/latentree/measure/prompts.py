@@ -86,16 +86,11 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
 
 
 def _sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
-    """The same corpus with so many documents for each latent.
-
-    ValueError if latents change within a document.
-    """
+    """The same corpus with so many documents for each latent."""
     file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
-        mend = "give a grammar that redraws for whole documents, so that each has one latent"
-        raise ValueError(
-            f"{corpus.name}: redraws latents within documents, {file['redraw']}; {mend}"
-        )
+        what = f"redraws latents within documents, {file['redraw']}"
+        raise ValueError(f"{corpus.name}: {what}; give a grammar that redraws for whole documents")
     return GrammarProcess(Grammar(file), corpus.seed)
 
 

@@ -17,10 +17,7 @@ from latentree.inside.trace import run
 
 
 def predictions(model, book: Codebook, cue, answer, change=None) -> torch.Tensor:
-    """A model's log probabilities (sequence, segment, answer), float64, among the answers.
-
-    `change` as in trace.run.
-    """
+    """A model's log probabilities (sequence, segment, answer), float64; `change` as in trace.run."""
     tokens = book.tokens(cue, answer)[:, :-1]
     logits = run(model, tokens, ["logits"], change)["logits"][:, ::2, book.cues :]
     return logits.double().log_softmax(-1).cpu()
@@ -69,8 +66,7 @@ def followed(predict, book: Codebook, cue, answer, latent, distances, seed=0) ->
     its and the own code's probability: 0 to 1. Segments are exchangeable, so that for the reader
     the distance makes no difference but by chance. ValueError for a run that does not fit.
     """
-    earlier = book.segments - 1
-    length = earlier // 2
+    earlier, length = book.segments - 1, (book.segments - 1) // 2
     furthest = earlier - length + 1
     if min(distances) < 1 or max(distances) > furthest:
         raise ValueError(f"distances = {list(distances)}: give some from 1 to {furthest}")
