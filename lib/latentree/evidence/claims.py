@@ -1,7 +1,6 @@
 """A claim: an interval, and the region in which it must lie.
 
-A verdict is computed and never typed in. It asks about the whole interval, not about its middle, so
-a wide interval decides nothing.
+A verdict is computed, never typed in. It asks about the whole interval: a wide one decides nothing.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,12 +14,11 @@ class Claim:
     """One statement with its evidence; all numbers share one unit.
 
     `interval` is (value, low, high), or None where nothing could be measured, which needs a
-    `reason`. The claim holds if the whole interval lies above `above` and below `below`, those that
-    are given. `null` is what chance or the control gives; `n` counts the independent units
-    that the interval is `over`; `source` is a figure, a theorem or a reference; `definition` says
-    whether the field's score is meant or the release's; `whose` claim it is: the paper's, one about
-    a control, or ours; `paper` is the paper's own number, where it gives one.
-    Raises ValueError for a claim without a region or without evidence.
+    `reason`. The claim holds if all of it lies above `above` and below `below`, those that are
+    given. `null` is what chance or the control gives; `n` counts the independent units that the
+    interval is `over`; `source` is a figure, a theorem or a reference; `definition` whether the
+    field's score is meant or the release's; `whose`: the paper's claim, one about a control, or
+    ours; `paper` the paper's own number. ValueError without a region or without evidence.
     """
 
     id: str

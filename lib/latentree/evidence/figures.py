@@ -127,8 +127,7 @@ def lines(
         if null:
             axes.plot(data[x], data[null], color=color, ls="--", lw=0.8)
 
-    found = _mapped(table, draw, hue, legend, grid)
-    return found.set_axis_labels(x, y)
+    return _mapped(table, draw, hue, legend, grid).set_axis_labels(x, y)
 
 
 def bars(table, x, hue, legend=True, **grid) -> sns.FacetGrid:
@@ -173,10 +172,9 @@ def heatmaps(table, index="layer", columns="tokens", limit=None, label="", **gri
 
 
 def verdicts(claims):
-    """What a notebook found: a row for each claim, its interval over the region asked for.
+    """A row for each of `claims` (claims.py) that has an interval, drawn over the region asked for.
 
-    `claims` as in claims.py, those without an interval left out. A dot is filled where the whole
-    interval lies in the region.
+    A dot is filled where the whole interval lies in the region.
     """
     shown = [claim for claim in reversed(claims) if claim.interval]
     figure, ax = plt.subplots(figsize=(7, 0.36 * len(shown) + 0.9))
@@ -223,8 +221,8 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
 def sliders(draw, **ranges):
     """`draw` with a slider or a list for each of its values, as ipywidgets' interact has them.
 
-    Only in a notebook that a person has opened on a Jupyter server, where `make lab` has installed
-    ipywidgets: an executed notebook keeps pictures, and nothing that needs a kernel.
+    Only where a person has opened the notebook on a Jupyter server (`make lab`): an executed one
+    keeps pictures, and nothing that needs a kernel.
     """
     if "JPY_SESSION_NAME" in os.environ and find_spec("ipywidgets"):
         from ipywidgets import interact

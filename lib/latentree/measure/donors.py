@@ -20,8 +20,7 @@ def stimulus(corpus, sequences, context, seed=0, grammar=None, where=None) -> St
     The next token is of the same document. `where` (sequence, position), booleans over the windows
     that held_out gives, allows fewer positions. `grammar` reads syntactic states, the corpus's own
     if it has one. A state includes the word that stands there: a donor differs only in what came
-    before. Windows without an allowed position, or without a donor for it, are left out. ValueError
-    if less than 2 windows are left.
+    before. Windows without an allowed position or a donor are left out; ValueError for less than 2.
     """
     fields = held_out(corpus, sequences, context)
     tokens, document = fields["tokens"], fields["document"]
@@ -56,9 +55,9 @@ def _syntactic_states(grammar, fields) -> torch.Tensor:
 
 
 def _draw_donors(state, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each position one of the same state in another sequence: (sequence, position) numbers.
+    """For each place of state (sequence, position) one of the same state in another sequence.
 
-    It is drawn uniformly; a position without any is its own donor. `state` is (sequence, position).
+    It is drawn uniformly: its numbers (sequence, position). A place without any is its own donor.
     """
     sequences, length = state.shape
     sequence, state = torch.arange(sequences).repeat_interleave(length), state.flatten()
@@ -96,10 +95,7 @@ class Stimulus:
     peers: torch.Tensor | None = None
 
     def of(self, kept) -> Stimulus:
-        """Only the sequences that `kept` (sequence,) says, less those left without a donor.
-
-        ValueError if less than 2 are left.
-        """
+        """Only the sequences that `kept` (sequence,) says and that keep a donor; 2 or more."""
         if kept.sum() < 2:
             left = f"{int(kept.sum())} of {len(kept)} sequences a position with a donor"
             mend = "allow more positions or states, or give more sequences, for 2 or more"

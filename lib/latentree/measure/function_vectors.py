@@ -124,8 +124,8 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
     many nats the `KL` from the truth falls, or the log-probability of the `gold word` rises.
     vector: the `own` document's, `another` one's, of the next latent, a `random` one of the same
     norm, and `own - another`. Without a layer (-1): `zero-shot` and, for SAME, `in context` are the
-    distances themselves; `best layer` is own - another of the layer that one half of the latents
-    chose, on the other half, both ways.
+    distances themselves; `best layer` is own - another, each half of the latents choosing for the
+    other half.
     """
     z, in_context = _states(model, contexts, rows)
     own = attention_outputs(model, z)
@@ -189,9 +189,8 @@ def best_bias(logits, prompts: Prompts) -> torch.Tensor:
 def mean_heads(z, contexts: Contexts, prompts: Prompts, latent=None) -> torch.Tensor:
     """For each prompt the mean head outputs of its latent: (layer, prompt, head, head_dim).
 
-    `z` (layer, query, head, head_dim) are those of the contexts' queries; those at which the
-    prompt's own last word stands are left out. `latent` (prompt,) gives other latents. ValueError
-    for a latent of which no query is left.
+    `z` (layer, query, head, head_dim) are those of the contexts' queries; those at the prompt's own
+    last word are left out. `latent` (prompt,) gives other latents. ValueError if none is left.
     """
     word = contexts.tokens[contexts.document, contexts.position]
     latent = prompts.latent if latent is None else latent

@@ -129,8 +129,7 @@ def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
 
     Columns layer, quantity, value, low, high (95 % over sequences), n. Quantities removed,
     compensation, random (logits), given back (a share, `given_back`), and two slopes of
-    compensation on what was removed: slope, by least squares, and Theil-Sen's, which outliers do
-    not move.
+    compensation on what was removed: by least squares, and Theil-Sen's, which outliers do not move.
     """
     rows = []
     for layer, terms in enumerate(repair_terms(model, stimulus, among, draws)):
@@ -149,9 +148,8 @@ def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
 class Effects:
     """Direct effects in one run, float64, first axis the sequence.
 
-    `embedding`, `bias` (sequence,), `attention`, `mlp` (sequence, layer); `frozen`, `logit`
-    (sequence,): the centred logit with the clean run's scale and its own. Embedding, attention,
-    MLPs and bias sum to `frozen`.
+    `embedding`, `bias` (sequence,), `attention`, `mlp` (sequence, layer) sum to `frozen`; `frozen`,
+    `logit` (sequence,): the centred logit with the clean run's scale and its own.
     """
 
     embedding: torch.Tensor

@@ -113,9 +113,8 @@ def _in_context_gain(losses, stimulus: Stimulus):
 def choose_and_score(sums, counts):
     """The best head, chosen on one half of the sequences and scored on the other, both ways.
 
-    `sums` (sequence, head), `counts` (sequence,). (value, low, high) as `ratio` over all sequences.
-    The maximum over heads does not bias the value: no sequence chooses its head. The interval takes
-    the choice as given.
+    (value, low, high) as `ratio` of sums (sequence, head) and counts (sequence,). No sequence
+    chooses its head, so the maximum does not bias the value. The interval takes it as given.
     """
     half = torch.arange(len(sums), device=sums.device) % 2
     odd, even = half == 1, half == 0
@@ -126,8 +125,7 @@ def choose_and_score(sums, counts):
 def emergence_step(curve: pd.DataFrame, null: str, margin: float) -> int | None:
     """The first step from which on the lower end stays above null + margin; None if never.
 
-    `curve` has one row a step, with columns step, low and the one that `null` names. Raises
-    ValueError for several rows of one step.
+    `curve` has columns step, low and the one that `null` names; ValueError for a step twice.
     """
     if curve["step"].duplicated().any():
         raise ValueError(

@@ -22,8 +22,7 @@ class Contexts:
     """Documents from their beginning, and the queries: places where the sentence is in the state.
 
     tokens (document, position) are filled up with the end token; latent (document,) numbers what
-    documents share; document and position (query,) say where the state's last word stands; `source`
-    is the corpus's own record of the documents.
+    documents share; document and position (query,) say where the state's last word stands.
     """
 
     corpus: Corpus
@@ -32,7 +31,7 @@ class Contexts:
     latent: torch.Tensor
     document: torch.Tensor
     position: torch.Tensor
-    source: Documents
+    source: Documents  # the corpus's own record of them
 
     @property
     def query_latent(self) -> torch.Tensor:
