@@ -14,13 +14,9 @@ import pandas as pd
 
 
 def claims_of(folder) -> pd.DataFrame:
-    """The claims in folder/results/*.json, indexed by the result's file and the claim's id.
-
-    Raises ValueError for a folder without results.
-    """
-    files = sorted((Path(folder) / "results").rglob("*.json"))
+    """The claims in folder/results/*.json, by (file, id); ValueError for a folder without any."""
     rows = []
-    for file in files:
+    for file in sorted((Path(folder) / "results").rglob("*.json")):
         claims = json.loads(file.read_text(encoding="utf-8"))["claims"]
         rows += [{"file": file.stem} | claim for claim in claims]
     if not rows:
@@ -48,11 +44,9 @@ def differences(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser("python -m latentree.evidence.compare", description=__doc__)
-    parser.add_argument("one", help="folder of a run")
-    parser.add_argument("other", help="folder of another run")
-    given = parser.parse_args(arguments)
+    parser.add_argument("run", nargs=2, help="folder of a run")
     try:
-        one, other = claims_of(given.one), claims_of(given.other)
+        one, other = map(claims_of, parser.parse_args(arguments).run)
     except ValueError as error:
         parser.error(str(error))
     found = differences(one, other)

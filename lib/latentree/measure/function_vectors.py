@@ -145,8 +145,7 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
                 gain = value if layer == -1 else off["zero-shot", -1] - value
                 found[name, vector, layer, quantity] = gain
             for layer in range(len(own)):
-                difference = off["another", layer] - off["own", layer]
-                found[name, DIFFERENCE, layer, quantity] = difference
+                found[name, DIFFERENCE, layer, quantity] = off["another", layer] - off["own", layer]
     return _over_latents(found, contexts.query_latent)
 
 

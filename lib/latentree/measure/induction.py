@@ -146,11 +146,11 @@ def _score_rows(sums, targets: Targets, heads: int) -> pd.DataFrame:
     """Rows of sums (sequence, own or another's, score, head): heads, the best, the release's."""
     own, counts = sums[:, 0], targets.queries
     null = sums[:, 1].sum(0) / counts.sum(0)[:, None]
-    tables = []
+    chance, tables = _chance(targets), []
     for number, (score, order) in enumerate(targets.names):
         one, count = own[:, number], counts[:, number]
         elsewhere = np.nan if score in _SAME_FOR_ALL else null[number].numpy()
-        nulls = {"chance": float(_chance(targets)[number]), "elsewhere": elsewhere}
+        nulls = {"chance": float(chance[number]), "elsewhere": elsewhere}
         about = {"score": score, "order": order, "queries": int(count.sum()), **nulls}
         table = head_rows(torch.stack(ratio(one, count[:, None])), heads, **about)
         best = int(_best(one, count))
