@@ -19,8 +19,9 @@ def stimulus(corpus, sequences, context, seed=0, grammar=None, where=None) -> St
 
     The next token is of the same document. `where` (sequence, position), booleans over the windows
     that held_out gives, allows fewer positions. `grammar` reads syntactic states, the corpus's own
-    if it has one. A state includes the word that stands there: a donor differs only in what came
-    before. Windows without an allowed position or a donor are left out; ValueError for less than 2.
+    if it has one. A state includes the word that stands there (and without a grammar nothing else):
+    a donor differs only in what came before. Windows without an allowed position or a donor are
+    left out. ValueError if less than 2 are left.
     """
     fields = held_out(corpus, sequences, context)
     tokens, document = fields["tokens"], fields["document"]
@@ -109,5 +110,5 @@ class Stimulus:
 
     @cached_property
     def same_state(self):
-        """Donors, one for each position: (sequence, position) numbers, as `_draw_donors`."""
+        """For each position one of its state in another sequence, or itself: (sequence, position)."""
         return _draw_donors(self.state, self.seed)

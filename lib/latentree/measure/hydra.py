@@ -124,7 +124,7 @@ def cross_judged(terms, least: float, choose=np.nanargmax, share=given_back):
     return judged if len(judged) and t_interval(judged[:, 0])[1] > 0 else None
 
 
-def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
+def repairs(model, stimulus, among="vocabulary") -> pd.DataFrame:
     """`repair_terms` of every attention layer as a table for sweep().
 
     Columns layer, quantity, value, low, high (95 % over sequences), n. Quantities removed,
@@ -132,7 +132,7 @@ def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
     compensation on what was removed: by least squares, and Theil-Sen's, which outliers do not move.
     """
     rows = []
-    for layer, terms in enumerate(repair_terms(model, stimulus, among, draws)):
+    for layer, terms in enumerate(repair_terms(model, stimulus, among)):
         found = dict(zip(("removed", "compensation", "random"), map(t_interval, terms.T)))
         if terms[:, 1].any():  # something comes later
             found["given back"] = bootstrap(terms, given_back, draws=500)

@@ -66,7 +66,8 @@ def followed(predict, book: Codebook, cue, answer, latent, distances, seed=0) ->
     its and the own code's probability: 0 to 1. Segments are exchangeable, so that for the reader
     the distance makes no difference but by chance. ValueError for a run that does not fit.
     """
-    earlier, length = book.segments - 1, (book.segments - 1) // 2
+    earlier = book.segments - 1
+    length = earlier // 2
     furthest = earlier - length + 1
     if min(distances) < 1 or max(distances) > furthest:
         raise ValueError(f"distances = {list(distances)}: give some from 1 to {furthest}")
