@@ -110,5 +110,5 @@ class Stimulus:
 
     @cached_property
     def same_state(self):
-        """For each position one of its state in another sequence, or itself: (sequence, position)."""
+        """For each position one of its state in another sequence: numbers (sequence, position)."""
         return _draw_donors(self.state, self.seed)
