@@ -29,15 +29,8 @@ from speed import counted
 from test_inside import MODELS, close, random_model
 
 torch.set_num_threads(1)
-POINTS = ("stream", "z", "attention", "mlp", "logits")
-COMPONENTS = [
-    ("layer", 0),
-    ("attention", 0),
-    ("mlp", 0),
-    ("head", 0, 1),
-    ("attention", 1),
-    ("mlp", 1),
-]
+POINTS = ("stream", "attention", "mlp", "logits")
+COMPONENTS = [("layer", 0), ("attention", 0), ("mlp", 0), ("attention", 1), ("mlp", 1)]
 
 
 def by_hand(tokens, at, target=None):
@@ -88,86 +81,60 @@ def test_direct_effects_sum_to_the_centred_logit(architecture, config):
     total = clean.embedding + clean.attention.sum(1) + clean.mlp.sum(1) + clean.bias
     torch.testing.assert_close(total, clean.logit, atol=1e-4, rtol=0)
     torch.testing.assert_close(clean.frozen, clean.logit, atol=1e-4, rtol=0)
-    # Heads sum to their attention, but for the bias of o_proj.
-    biases = [getattr(Internals(model).o_proj(layer), "bias", None) for layer in (0, 1)]
-    if biases[0] is not None:
-        found["attention"] = torch.stack([bias.expand(6, 12, -1) for bias in biases])
-        rest = by_definition(model, shown, run(model, shown.tokens, POINTS), found)["attention"]
-        close(clean.head.sum(2) + rest, clean.attention)
-    else:
-        close(clean.head.sum(2), clean.attention)
 
 
-def replaced(model, shown, clean, how, everywhere, kind, layer, head=None):
+def replaced(model, shown, clean, how, kind, layer):
     """What a whole run writes in which a component is replaced, from the ways' definitions."""
-    donor = shown.any_state if how == "anywhere" else shown.same_state
     here = torch.zeros_like(shown.tokens, dtype=torch.bool)
     here[torch.arange(len(here)), shown.at] = True
-    here |= everywhere
 
     def change(point):
         written = clean[point][layer]
-        new = {
-            "mean": written.mean((0, 1)).expand_as(written),
-            "zero": torch.zeros_like(written),
-        }.get(how, written[donor])
+        new = torch.zeros_like(written) if how == "zero" else written[shown.same_state]
+        return lambda own: torch.where(here[..., None], new, own)
 
-        def replace(own):
-            places = here.clone().view(*here.shape, *[1] * (own.dim() - 2))
-            if point == "z":
-                places = places & (torch.arange(own.shape[2]) == head)[:, None]
-            return torch.where(places, new, own)
-
-        return replace
-
-    points = {"layer": ("attention", "mlp"), "head": ("z",)}.get(kind, (kind,))
+    points = ("attention", "mlp") if kind == "layer" else (kind,)
     return run(model, shown.tokens, POINTS, {(point, layer): change(point) for point in points})
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "olmo2", "gpt_neox"])
-def test_ablations_are_whole_runs_in_which_a_part_is_replaced(architecture, everywhere):
+def test_ablations_are_whole_runs_in_which_a_part_is_replaced(architecture):
     """A run on the clean run's keys and values is what a whole run gives; the parts add up."""
     model, shown = random_model(architecture), random_stimulus()
     clean = run(model, shown.tokens, POINTS)
     before = by_definition(model, shown, clean, clean)
-    for how in ("resample", "anywhere", "mean", "zero"):
-        runs = Ablations(model, shown, how, everywhere)
-        for kind, layer, *head in COMPONENTS:
-            whole = replaced(model, shown, clean, how, everywhere, kind, layer, *head)
+    for how in ("resample", "zero"):
+        runs = Ablations(model, shown, how)
+        for kind, layer in COMPONENTS:
+            whole = replaced(model, shown, clean, how, kind, layer)
             after = by_definition(model, shown, clean, whole)
             change = {name: after[name] - before[name] for name in before}
-            found = runs.ablate(kind, layer, *head)
+            found = runs.ablate(kind, layer)
             close(found.total, change["logit"])
-            parts = {"layer": ("attention", "mlp"), "head": ("attention",)}.get(kind, (kind,))
+            parts = ("attention", "mlp") if kind == "layer" else (kind,)
             close(found.removed, -sum(change[part][:, layer] for part in parts))
             first = layer + (kind in ("layer", "mlp"))
             close(found.attention[:, layer + 1 :], change["attention"][:, layer + 1 :])
             close(found.mlp[:, first:], change["mlp"][:, first:])
             assert not found.attention[:, : layer + 1].any() and not found.mlp[:, :first].any()
-            close(found.head.sum(2), found.attention)  # biases do not change
             close(found.total, -found.removed + found.compensation + found.norm)
             close(found.self_repair, found.compensation + found.norm)
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_random_perturbations_are_as_long_as_those_of_resampling(everywhere):
+def test_random_perturbations_are_as_long_as_those_of_resampling():
     model, shown = random_model("llama"), random_stimulus()
-    runs = [Ablations(model, shown, how, everywhere) for how in ("resample", "random")]
-    for kind, layer, *head in [("layer", 1), ("attention", 0), ("mlp", 1), ("head", 0, 1)]:
+    runs = [Ablations(model, shown, how) for how in ("resample", "random")]
+    for kind, layer in [("layer", 1), ("attention", 0), ("mlp", 1)]:
         lost = []
         for one in runs:
-            new = one.replacement(kind, layer, *head)
-            gap = sum(one.written[point][layer][one.places] - new[point] for point in new)
-            if kind == "head":
-                gap = torch.einsum("bphd,hdw->bpw", gap, one.inside.w_o(layer))
-            lost.append(gap)
+            new = one.replacement(kind, layer)
+            lost.append(sum(one.written[point][layer][one.places] - new[point] for point in new))
         lengths = [gap.norm(dim=-1) for gap in lost]
         assert lengths[0].min() > 0.05
         torch.testing.assert_close(*lengths, atol=1e-5, rtol=1e-5)
         assert torch.cosine_similarity(*lost, dim=-1).abs().mean() < 0.7
-    again = Ablations(model, shown, "random", everywhere).ablate("head", 0, 1)
-    assert again.total.equal(runs[1].ablate("head", 0, 1).total)
+    again = Ablations(model, shown, "random").ablate("attention", 0)
+    assert again.total.equal(runs[1].ablate("attention", 0).total)
 
 
 @pytest.mark.parametrize("how", ["resample", "random"])
@@ -179,7 +146,7 @@ def test_a_component_at_its_replacement_value_changes_nothing(how):
     runs = Ablations(random_model("gpt2"), shown, how)
     for component in COMPONENTS:
         found = runs.ablate(*component)
-        for values in (found.removed, found.total, found.head, found.mlp, found.norm):
+        for values in (found.removed, found.total, found.attention, found.mlp, found.norm):
             close(values, torch.zeros_like(values))
 
 
@@ -206,17 +173,12 @@ def test_compensation_by_construction_is_read_as_what_it_is(later, share):
     runs = Ablations(model, shown)
     # Head (0, 0) writes as much as the target's embedding is long; the vocabulary's mean is off.
     length = (shown.target + 1).double() / VOCABULARY * (1 - 1 / VOCABULARY)
-    torch.testing.assert_close(runs.clean.head[:, 0, 0], length, atol=1e-3, rtol=0)
-    found = runs.ablate("head", 0, 0)
+    torch.testing.assert_close(runs.clean.attention[:, 0], length, atol=1e-3, rtol=0)
+    found = runs.ablate("attention", 0)
     assert found.removed.std() > 0.2
-    part = {"head": found.head[:, 1, 1], "mlp": found.mlp[:, 1], "idle": found.compensation}[later]
-    torch.testing.assert_close(part, share * found.removed, atol=1e-3, rtol=0)
+    part = {"head": found.attention[:, 1], "mlp": found.mlp[:, 1], "idle": found.compensation}
+    torch.testing.assert_close(part[later], share * found.removed, atol=1e-3, rtol=0)
     torch.testing.assert_close(found.total, (share - 1) * found.removed, atol=2e-3, rtol=0)
-    table = pick(measure(model, shown, kinds=("attention",)), layer=0, responding=-1)
-    row = table.set_index("quantity")
-    assert row.loc["slope", ["value", "low", "high"]].tolist() == pytest.approx(
-        3 * [share], abs=1e-3
-    )
     if later == "mlp":  # it may be erasure: it is no repair by attention
         assert given_back(repair_terms(model, shown, by="mlp")[:1])[0] == pytest.approx(1, abs=0.05)
         assert abs(repair_terms(model, shown)[0, :, 1]).max() < 1e-3
@@ -307,63 +269,59 @@ def test_donors_are_drawn_uniformly():
     assert not counts.diagonal().any() and (counts + 100 * torch.eye(4) - 100).abs().max() < 40
 
 
+def windows(corpus, sequences, shown):
+    """The fields of the held-out windows of 48 tokens that are left in a stimulus, and which."""
+    fields = held_out(corpus, sequences, 48)
+    kept = (fields["tokens"][:, None] == shown.tokens).all(-1).any(1)
+    assert 15 < kept.sum() == len(shown.tokens)
+    return {name: field[kept] for name, field in fields.items()}, kept
+
+
 def test_the_stimulus():
-    corpus, row = bound_corpus(), torch.arange(20)
-    fields = held_out(corpus, 20, 48)
-    shown = stimulus(corpus, 20, 48, seed=3, same_word=False)
+    corpus = bound_corpus()
+    shown = stimulus(corpus, 20, 48, seed=3)
+    (fields, _), row = windows(corpus, 20, shown), torch.arange(len(shown.at))
     assert shown.tokens.equal(fields["tokens"])
     assert shown.target.equal(shown.tokens[row, shown.at + 1])
     assert (shown.at >= 24).all() and (shown.at < 47).all()
     assert fields["document"][row, shown.at].equal(fields["document"][row, shown.at + 1])
-    assert shown.at.equal(stimulus(corpus, 20, 48, seed=3, same_word=False).at)
-    assert not shown.at.equal(stimulus(corpus, 20, 48, seed=4, same_word=False).at)
+    assert shown.at.equal(stimulus(corpus, 20, 48, seed=3).at)
+    assert not shown.at.equal(stimulus(corpus, 20, 48, seed=4).at)
     role = torch.as_tensor(corpus.grammar.role_of)
     assert shown.peers.equal(role == role[shown.target][:, None])
-    kept = row % 3 > 0
-    part = shown.of(kept)
-    for name in ("tokens", "at", "target", "state", "peers"):
-        assert getattr(part, name).equal(getattr(shown, name)[kept])
+    sequence, position = (donor[row, shown.at] for donor in shown.same_state)
+    assert (sequence != row).all()  # a donor has the same word in the same state
+    assert shown.tokens[sequence, position].equal(shown.tokens[row, shown.at])
+    states = _syntactic_states(corpus.grammar, fields)
+    assert states[sequence, position].equal(states[row, shown.at])
 
 
 def test_a_stimulus_at_some_positions_only():
     corpus = bound_corpus()
     allowed = bound_queries(corpus.grammar, held_out(corpus, 20, 48)["tokens"])
     allowed[5] = False
-    shown = stimulus(corpus, 20, 48, where=allowed, same_word=False)
-    kept = torch.arange(20) != 5
-    assert shown.tokens.equal(held_out(corpus, 20, 48)["tokens"][kept])
-    assert allowed[kept][torch.arange(19), shown.at].all()
+    shown = stimulus(corpus, 20, 48, where=allowed)
+    _, kept = windows(corpus, 20, shown)
+    assert not kept[5]
+    assert allowed[kept][torch.arange(len(shown.at)), shown.at].all()
 
 
 def test_a_grammar_reads_the_states_of_a_corpus_without_one():
     parent = bound_corpus()
     chain = Chain(parent, order=1)
-    shown = stimulus(chain, 8, 48, grammar=parent.grammar, same_word=False)
-    fields = held_out(chain, 8, 48)
+    shown = stimulus(chain, 20, 48, grammar=parent.grammar)
+    fields, _ = windows(chain, 20, shown)
     naive = naive_states(fields["tokens"], fields["document"], parent.grammar)
-    both = set(zip(naive, shown.state.flatten().tolist(), strict=True))
-    assert len(both) == len(set(naive)) == len(shown.state.unique())
-    shown = stimulus(HashedTables(), 4, 32, same_word=False)
-    assert not shown.state.any() and shown.peers is None
-
-
-def test_donors_of_the_same_word():
-    """By default a donor has the same word in the same state of another document."""
-    corpus = bound_corpus()
-    shown, any_word = stimulus(corpus, 20, 48), stimulus(corpus, 20, 48, same_word=False)
-    row = torch.arange(len(shown.at))
-    sequence, position = (donor[row, shown.at] for donor in shown.same_state)
-    assert (sequence != row).all()
-    assert shown.tokens[sequence, position].equal(shown.tokens[row, shown.at])
-    assert shown.state[sequence, position].equal(shown.state[row, shown.at])
-    kept = (any_word.tokens[:, None] == shown.tokens).all(-1).any(1)
-    assert any_word.at[kept].equal(shown.at)
+    words = fields["tokens"].flatten().tolist()
+    both = set(zip(zip(naive, words), shown.state.flatten().tolist(), strict=True))
+    assert len(both) == len(set(zip(naive, words))) == len(shown.state.unique())
+    shown = stimulus(HashedTables(), 4, 32)
+    assert shown.state.equal(shown.tokens) and shown.peers is None
 
 
 def test_text_in_which_no_position_has_a_donor_is_refused():
     words = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).view(20, 50)
     text = Text("random", [*words.numpy()], vocabulary_size=1001, end=1000)
-    assert len(stimulus(text, 8, 24, same_word=False).at) == 8
     with pytest.raises(ValueError, match="where: leaves 0 of 8 sequences .* for 2 or more"):
         stimulus(text, 8, 24)  # no word comes twice
     # Where two keep each other's donors, the rest is left out.
@@ -392,14 +350,15 @@ def test_the_table():
     assert change["responding"].tolist() == [2]
     assert change["value"].tolist() == pytest.approx([float(found.responses[:, 2].mean())])
     one = pick(rows, responding=-1).set_index("quantity")
-    for name in ("removed", "total", "compensation"):
+    for name in ("removed", "compensation"):
         assert one.loc[name, "value"] == pytest.approx(float(getattr(found, name).mean()))
         assert one.loc[name, "low"] < one.loc[name, "value"] < one.loc[name, "high"]
-    x, y = found.removed - found.removed.mean(), found.compensation - found.compensation.mean()
-    assert one.loc["slope", "value"] == pytest.approx(float((x * y).sum() / (x * x).sum()))
+    told = repairs(model, shown).set_index(["layer", "quantity"]).value
+    x, y = (values - values.mean() for values in (found.removed, found.attention.sum(1)))
+    assert told[1, "slope"] == pytest.approx(float((x * y).sum() / (x * x).sum()))
     # Nothing comes after the last layer: it has no slope, and no row of changes.
-    last = pick(table, ablated="layer", layer=2)
-    assert not set(last["quantity"]) & {"slope", "change"}
+    assert (2, "slope") not in told.index and (2, "removed") in told.index
+    assert not len(pick(table, ablated="layer", layer=2, quantity="change"))
 
 
 def test_among_the_words_of_the_role():
@@ -427,17 +386,14 @@ def test_bad_input_is_named():
     model, shown = random_model("llama"), random_stimulus()
     with pytest.raises(ValueError, match="among = 'role': the stimulus has no roles"):
         Ablations(model, shown, among="role")
-    with pytest.raises(ValueError, match="how = 'noise'.* resample, anywhere"):
+    with pytest.raises(ValueError, match="how = 'noise'.* resample, zero, random"):
         Ablations(model, shown, "noise")
-    with pytest.raises(ValueError, match="head = -1: give a number from 0 to 1"):
-        Ablations(model, shown).ablate("head", 0)
     with pytest.raises(ValueError, match=r"change = \('mlp', -1\)"):
         Ablations(model, shown).ablate("mlp", -1)
     shown = random_stimulus()
     shown.state[0, shown.at[0]] = 1
-    with pytest.raises(ValueError, match="how = 'resample': 1 scored positions have no donor"):
+    with pytest.raises(ValueError, match="stimulus: 1 scored positions have no donor"):
         Ablations(model, shown)
-    assert Ablations(model, shown, "mean").ablate("mlp", 0).removed.any()
 
 
 # ---------------------------------------------------------------------- as released

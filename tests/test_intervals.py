@@ -17,11 +17,11 @@ def test_intervals_cover_as_often_as_they_say():
 
 
 def test_the_bootstrap_resamples_whole_units_of_any_shape():
-    """The draws are numpy's own for the seed, so that the digits of an interval stay."""
+    """The draws are numpy's own for seed 0, so that the digits of an interval stay."""
     values = np.random.default_rng(1).normal(size=(20, 2))
-    chosen = np.random.default_rng(5).integers(20, size=(300, 20))
+    chosen = np.random.default_rng(0).integers(20, size=(300, 20))
     shares = values[chosen, 0].sum(1) / values[chosen, 1].sum(1)
-    found = bootstrap(values, lambda d: d[..., 0].sum(1) / d[..., 1].sum(1), draws=300, seed=5)
+    found = bootstrap(values, lambda d: d[..., 0].sum(1) / d[..., 1].sum(1), draws=300)
     assert found[1:] == pytest.approx(np.quantile(shares, [0.025, 0.975]))
     assert found[0] == pytest.approx(values[:, 0].sum() / values[:, 1].sum())
 

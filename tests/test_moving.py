@@ -28,7 +28,7 @@ def shade_of(colour):
 @pytest.fixture
 def film(tmp_path):
     """A page with a film of three frames, each of one colour, and a picture that does not move."""
-    figures.write_film(map(shade_of, SHADES), tmp_path / "film.webp", milliseconds=400)
+    figures.write_film(map(shade_of, SHADES), tmp_path / "film.webp")
     figures.write_film([shade_of(SHADES[0])], tmp_path / "still.webp")
     images = ""
     for name in ("film", "still"):

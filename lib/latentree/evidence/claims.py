@@ -1,7 +1,6 @@
 """A claim: an interval, and the region in which it must lie.
 
-A verdict is computed and never typed in. It asks about the whole interval, not about its middle, so
-a wide interval decides nothing.
+A verdict is computed, never typed in. It asks about the whole interval: a wide one decides nothing.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,12 +14,11 @@ class Claim:
     """One statement with its evidence; all numbers share one unit.
 
     `interval` is (value, low, high), or None where nothing could be measured, which needs a
-    `reason`. The claim holds if the whole interval lies above `above` and below `below`, those that
-    are given. `null` is what chance or the control gives; `n` counts the independent units
-    that the interval is `over`; `source` is a figure, a theorem or a reference; `definition` says
-    whether the field's score is meant or the release's; `whose` claim it is: the paper's, one about
-    a control, or ours; `paper` is the paper's own number, where it gives one.
-    Raises ValueError for a claim without a region or without evidence.
+    `reason`. The claim holds if all of it lies above `above` and below `below`, those that are
+    given. `null` is what chance or the control gives; `n` counts the independent units that the
+    interval is `over`; `source` is a figure, a theorem or a reference; `definition` whether the
+    field's score is meant or the release's; `whose`: the paper's claim, one about a control, or
+    ours; `paper` the paper's own number. ValueError without a region or without evidence.
     """
 
     id: str
@@ -46,7 +44,7 @@ class Claim:
             return
         if self.above is None and self.below is None:
             raise ValueError(f"claim {self.id}: has no region; give above or below")
-        value, low, high = self.interval
+        _, low, high = self.interval
         if not low <= high:
             raise ValueError(f"claim {self.id}: interval {low} to {high} is none; give numbers")
         if not self.n or not len(self.seeds):
@@ -59,10 +57,10 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """What the region says of the interval, in a word.
+        """What the region says of the interval: whether all of it lies inside, or all outside.
 
         A phenomenon of the paper's is present, or absent; what a control or we say is as predicted,
-        or contradicted: if the whole interval lies in the region, or outside. Else it is undecided.
+        or contradicted. Else it is undecided.
         """
         if self.interval is None:
             return "not tested"
@@ -90,27 +88,14 @@ class Claim:
         """All fields as plain JSON values: the interval as value, low, high, and the verdict."""
         fields = asdict(self)
         interval = fields.pop("interval") or (None, None, None)
-        numbers = dict(zip(("value", "low", "high"), interval))
-        numbers |= {name: fields[name] for name in ("above", "below", "null")}
-        for name, number in numbers.items():
-            fields[name] = None if number is None else float(number)
+        fields |= dict(zip(("value", "low", "high"), interval))
+        for name in ("value", "low", "high", "above", "below", "null"):
+            fields[name] = None if fields[name] is None else float(fields[name])
         fields |= {"n": int(self.n), "seeds": [int(seed) for seed in self.seeds]}
         return fields | {"verdict": self.verdict}
 
 
 def claims_table(claims) -> pd.DataFrame:
     """The claims, one row each, as a notebook shows them at its end."""
-    columns = [
-        "statement",
-        "corpus",
-        "value",
-        "low",
-        "high",
-        "null",
-        "above",
-        "below",
-        "n",
-        "paper",
-    ]
-    table = pd.DataFrame([claim.as_dict() for claim in claims]).set_index("id")
-    return table[[*columns, "verdict"]]
+    columns = "statement corpus value low high null above below n paper verdict".split()
+    return pd.DataFrame([claim.as_dict() for claim in claims]).set_index("id")[columns]

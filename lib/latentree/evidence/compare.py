@@ -1,6 +1,7 @@
-"""Two runs side by side: python -m latentree.evidence.compare FOLDER OTHER [--tolerance 1e-6]
+"""Two runs side by side: python -m latentree.evidence.compare FOLDER OTHER
 
 Lists claims whose value, interval or verdict differs or that one run lacks; exits with 1 if any.
+Numbers differ if they are further apart than a millionth of the larger of 1 and their sizes.
 """
 
 import argparse
@@ -13,13 +14,9 @@ import pandas as pd
 
 
 def claims_of(folder) -> pd.DataFrame:
-    """The claims in folder/results/*.json, indexed by the result's file and the claim's id.
-
-    Raises ValueError for a folder without results.
-    """
-    files = sorted((Path(folder) / "results").rglob("*.json"))
+    """The claims in folder/results/*.json, by (file, id); ValueError for a folder without any."""
     rows = []
-    for file in files:
+    for file in sorted((Path(folder) / "results").rglob("*.json")):
         claims = json.loads(file.read_text(encoding="utf-8"))["claims"]
         rows += [{"file": file.stem} | claim for claim in claims]
     if not rows:
@@ -27,11 +24,8 @@ def claims_of(folder) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index(["file", "id"])
 
 
-def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6) -> pd.DataFrame:
-    """What differs between two tables of `claims_of`: DataFrame (file, claim, what, one, other).
-
-    Numbers differ if they are further apart than `tolerance` times the larger of 1 and their sizes.
-    """
+def differences(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    """What differs between two tables of `claims_of`: DataFrame (file, claim, what, one, other)."""
     rows = []
     for key in dict.fromkeys([*one.index, *other.index]):
         if key not in one.index or key not in other.index:
@@ -41,7 +35,7 @@ def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6)
             a, b = one.loc[key, name], other.loc[key, name]
             same = a == b or (pd.isna(a) and pd.isna(b))
             if name != "verdict":
-                same = same or math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+                same = same or math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6)
             if not same:
                 rows.append((*key, name, a, b))
     return pd.DataFrame(rows, columns=["file", "claim", "what", "one", "other"])
@@ -50,15 +44,12 @@ def differences(one: pd.DataFrame, other: pd.DataFrame, tolerance: float = 1e-6)
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser("python -m latentree.evidence.compare", description=__doc__)
-    parser.add_argument("one", help="folder of a run")
-    parser.add_argument("other", help="folder of another run")
-    parser.add_argument("--tolerance", type=float, default=1e-6, help="relative, 1e-6 by default")
-    given = parser.parse_args(arguments)
+    parser.add_argument("run", nargs=2, help="folder of a run")
     try:
-        one, other = claims_of(given.one), claims_of(given.other)
+        one, other = map(claims_of, parser.parse_args(arguments).run)
     except ValueError as error:
         parser.error(str(error))
-    found = differences(one, other, given.tolerance)
+    found = differences(one, other)
     if len(found):
         print(found.to_string(index=False))
     changed = found[["file", "claim"]].drop_duplicates()

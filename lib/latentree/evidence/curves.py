@@ -1,7 +1,7 @@
 """Curves along training whose points are means over sequences; when one is half-way.
 
-A curve keeps each sequence's part of each point, so that all that is computed from it has an
-interval over sequences: a mean is a ratio of sums, and sequences are drawn for all curves together.
+A curve keeps each sequence's part of each point, a ratio of sums, so that all that is computed from
+it has an interval over sequences, which are drawn for all curves together.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,8 @@ class Curve:
 
     def at(self, checkpoints) -> "Curve":
         """The curve of some checkpoints (numbers, a mask or a slice)."""
-        return Curve(
-            self.tokens[checkpoints], self.sums[:, checkpoints], self.counts[:, checkpoints]
-        )
+        sums, counts = self.sums[:, checkpoints], self.counts[:, checkpoints]
+        return Curve(self.tokens[checkpoints], sums, counts)
 
     def rise(self) -> "Curve":
         """The curve less its first point, whose counts are those of all points."""
@@ -79,11 +78,11 @@ def tidy(found: dict, names: list) -> pd.DataFrame:
     return pd.concat(tables, names=names).reset_index(level=names).reset_index(drop=True)
 
 
-def ended(curve: Curve, share: float = 0.05) -> bool:
-    """Whether the last quarter of the tokens brought at most `share` of a curve's whole change."""
+def ended(curve: Curve) -> bool:
+    """Whether the last quarter of the tokens brought at most 5 % of a curve's whole change."""
     values = curve.values
     late = values[-1] - np.interp(0.75 * curve.tokens[-1], curve.tokens, values)
-    return bool(abs(late) <= share * abs(values[-1] - values[0]))
+    return bool(abs(late) <= 0.05 * abs(values[-1] - values[0]))
 
 
 def half_way(curve: Curve, whole: float | None = None) -> tuple:
@@ -115,9 +114,8 @@ def successive(found: dict, whole: float) -> dict:
     Each is compared with the one that comes next in the order given, among those that reach it.
     """
     reached = [name for name, curve in found.items() if np.isfinite(half_way(curve, whole)).all()]
-    return {
-        (a, b): doublings_later(found[a], found[b], whole) for a, b in zip(reached, reached[1:])
-    }
+    pairs = zip(reached, reached[1:])
+    return {(a, b): doublings_later(found[a], found[b], whole) for a, b in pairs}
 
 
 def _half_ways(found: list, whole) -> list:

@@ -66,7 +66,7 @@ def write(figure, path) -> None:
     Path(path).write_bytes(with_palette(drawn.getvalue()))
 
 
-def write_film(figures, path, milliseconds: int = 700) -> None:
+def write_film(figures, path) -> None:
     """Write figures of the same size as an animated WebP file, and close them; the last stays."""
     frames = []
     for figure in figures:
@@ -74,7 +74,7 @@ def write_film(figures, path, milliseconds: int = 700) -> None:
         figure.savefig(drawn, dpi=80)
         plt.close(figure)
         frames.append(Image.open(drawn).convert("RGB"))
-    times = [milliseconds] * (len(frames) - 1) + [4 * milliseconds]
+    times = [700] * (len(frames) - 1) + [2800]  # milliseconds
     film = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
     frames[0].save(path, quality=60, method=4, **film)
 
@@ -127,8 +127,7 @@ def lines(
         if null:
             axes.plot(data[x], data[null], color=color, ls="--", lw=0.8)
 
-    found = _mapped(table, draw, hue, legend, grid)
-    return found.set_axis_labels(x, y)
+    return _mapped(table, draw, hue, legend, grid).set_axis_labels(x, y)
 
 
 def bars(table, x, hue, legend=True, **grid) -> sns.FacetGrid:
@@ -173,10 +172,9 @@ def heatmaps(table, index="layer", columns="tokens", limit=None, label="", **gri
 
 
 def verdicts(claims):
-    """What a notebook found: a row for each claim, its interval over the region asked for.
+    """A row for each of `claims` (claims.py) that has an interval, drawn over the region asked for.
 
-    `claims` as in claims.py, those without an interval left out. A dot is filled where the whole
-    interval lies in the region.
+    A dot is filled where the whole interval lies in the region.
     """
     shown = [claim for claim in reversed(claims) if claim.interval]
     figure, ax = plt.subplots(figsize=(7, 0.36 * len(shown) + 0.9))
@@ -223,8 +221,8 @@ def _mapped(table, draw, hue, legend, grid) -> sns.FacetGrid:
 def sliders(draw, **ranges):
     """`draw` with a slider or a list for each of its values, as ipywidgets' interact has them.
 
-    Only in a notebook that a person has opened on a Jupyter server, where `make lab` has installed
-    ipywidgets: an executed notebook keeps pictures, and nothing that needs a kernel.
+    Only where a person has opened the notebook on a Jupyter server (`make lab`): an executed one
+    keeps pictures, and nothing that needs a kernel.
     """
     if "JPY_SESSION_NAME" in os.environ and find_spec("ipywidgets"):
         from ipywidgets import interact

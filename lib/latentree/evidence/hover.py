@@ -1,7 +1,6 @@
 """A document to point at: where a head looks from each word, and what belongs to the word there.
 
-The page's own script does it, and asks for nothing outside. Where scripts do not run, the words
-stand there as text.
+The page's own script does it, with nothing from outside; without scripts, the words are plain text.
 """
 
 import json

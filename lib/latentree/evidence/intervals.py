@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 
 
-def bootstrap(values, statistic=None, draws=2000, seed=0):
+def bootstrap(values, statistic=None, draws=2000):
     """(value, low, high), 95 %, of a statistic of independent units, by the percentile bootstrap.
 
     `values` (units, ...) is resampled along its first axis; `statistic` maps arrays
@@ -14,7 +14,7 @@ def bootstrap(values, statistic=None, draws=2000, seed=0):
     """
     values = np.asarray(values)
     statistic = statistic or (lambda sample: sample.mean(1))
-    chosen = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    chosen = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
     parts = np.array_split(chosen, max(1, draws // 200))  # for memory's sake
     drawn = np.concatenate([statistic(values[part]) for part in parts])
     low, high = np.quantile(drawn, [0.025, 0.975])

@@ -21,11 +21,10 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
     """Losses in nats of predicting each next token, (batch, position - 1), without `heads`.
 
     `heads` [(layer, head), ...] are ablated together in tokens (batch, position), `rows` sequences
-    at a time; with none of them, these are the clean losses.
+    at a time; with none of them, these are the clean losses. `how`:
 
     - mean: a head's mix of values z is replaced by its mean over all sequences and positions.
-    - resample: by its z for another sequence at the same position, drawn with `seed`; no sequence
-      keeps its own.
+    - resample: by its z for another sequence at the same position, drawn with `seed`.
     - pattern: as mean, while all heads keep the attention of the clean run (Olsson et al. 2022,
       pattern-preserving ablation): what the heads move counts, not where others then look.
 
@@ -60,16 +59,16 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
     return torch.cat(losses)
 
 
-def each_head(model, tokens, where: dict, how="mean", rows=32) -> pd.DataFrame:
-    """What the loss rises by without each head, one at a time.
+def each_head(model, tokens, where: dict) -> pd.DataFrame:
+    """What the loss rises by without each head, one at a time, its z replaced by its mean.
 
     `where` {name: (batch, position - 1), booleans} says at which predictions. Columns layer, head,
     where, value, low, high: nats a token, 95 % over sequences.
     """
-    clean, found = ablated_losses(model, tokens, [], how, rows=rows), []
+    clean, found = ablated_losses(model, tokens, [], "mean"), []
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     for layer, head in product(range(layers), range(heads)):
-        rise = ablated_losses(model, tokens, [(layer, head)], how, rows=rows) - clean
+        rise = ablated_losses(model, tokens, [(layer, head)], "mean") - clean
         for name, here in where.items():
             interval = ratio((rise * here).sum(1), here.sum(1))
             found.append([layer, head, name, *map(float, interval)])

@@ -15,16 +15,14 @@ from latentree.data.corpus import held_out
 from latentree.measure.stimuli import bound_queries
 
 
-def stimulus(
-    corpus, sequences, context, seed=0, grammar=None, where=None, same_word=True
-) -> Stimulus:
+def stimulus(corpus, sequences, context, seed=0, grammar=None, where=None) -> Stimulus:
     """Held-out windows of `context` tokens, each scored at a position drawn from its second half.
 
     The next token is of the same document. `where` (sequence, position), booleans over the windows
     that held_out gives, allows fewer positions. `grammar` reads syntactic states, the corpus's own
-    if it has one; without any, all positions are in one state. With `same_word` a state includes
-    the word that stands there: a donor differs only in what came before. Windows without an allowed
-    position, or without a donor for it, are left out. ValueError if less than 2 windows are left.
+    if it has one. A state includes the word that stands there (and without a grammar nothing else):
+    a donor differs only in what came before. Windows without an allowed position or a donor are
+    left out. ValueError if less than 2 are left.
     """
     fields = held_out(corpus, sequences, context)
     tokens, document = fields["tokens"], fields["document"]
@@ -36,12 +34,10 @@ def stimulus(
     at = drawn.masked_fill(~allowed, -1).argmax(1)
     target = tokens[torch.arange(sequences), at + 1]
     grammar = grammar or corpus.grammar
-    state, peers = _syntactic_states(grammar, fields), None
+    state, peers = _syntactic_states(grammar, fields) * corpus.vocabulary_size + tokens, None
     if grammar is not None:
         role = torch.as_tensor(grammar.role_of)
         peers = role == role[target][:, None]
-    if same_word:
-        state = state * corpus.vocabulary_size + tokens
     return Stimulus(tokens, at, target, state, seed, peers).of(allowed.any(1))
 
 
@@ -66,15 +62,12 @@ def at_answers(corpus, sequences, context, seed=0, grammar=None) -> Stimulus:
 
 
 def _syntactic_states(grammar, fields) -> torch.Tensor:
-    """A number (sequence, position) for the roles of the sentence so far; 0 without a grammar.
-
-    `fields` are held_out's. An end token closes a sentence, and so does the end of a document.
-    """
+    """A number (sequence, position) for the roles of the sentence so far; 0 without a grammar."""
     tokens, document = fields["tokens"], fields["document"]
     if grammar is None:
         return torch.zeros_like(tokens)
     role = torch.as_tensor(grammar.role_of)[tokens]
-    begins = torch.ones_like(tokens, dtype=torch.bool)
+    begins = torch.ones_like(tokens, dtype=torch.bool)  # of a sentence
     begins[:, 1:] = (tokens[:, :-1] == grammar.end) | (document[:, 1:] != document[:, :-1])
     numbers, states, state = {}, [], None
     for word, first in zip(role.flatten().tolist(), begins.flatten().tolist(), strict=True):
@@ -84,9 +77,9 @@ def _syntactic_states(grammar, fields) -> torch.Tensor:
 
 
 def _draw_donors(state, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each position one of the same state in another sequence: (sequence, position) numbers.
+    """For each place of state (sequence, position) one of the same state in another sequence.
 
-    It is drawn uniformly; a position without any is its own donor. `state` is (sequence, position).
+    It is drawn uniformly: its numbers (sequence, position). A place without any is its own donor.
     """
     sequences, length = state.shape
     sequence, state = torch.arange(sequences).repeat_interleave(length), state.flatten()
@@ -124,10 +117,7 @@ class Stimulus:
     peers: torch.Tensor | None = None
 
     def of(self, kept) -> Stimulus:
-        """Only the sequences that `kept` (sequence,) says, less those left without a donor.
-
-        ValueError if less than 2 are left.
-        """
+        """Only the sequences that `kept` (sequence,) says and that keep a donor; 2 or more."""
         if kept.sum() < 2:
             left = f"{int(kept.sum())} of {len(kept)} sequences a position with a donor"
             mend = "allow more positions or states, or give more sequences, for 2 or more"
@@ -141,10 +131,5 @@ class Stimulus:
 
     @cached_property
     def same_state(self):
-        """Donors of the same syntactic state."""
+        """For each position one of its state in another sequence: numbers (sequence, position)."""
         return _draw_donors(self.state, self.seed)
-
-    @cached_property
-    def any_state(self):
-        """Donors of any state."""
-        return _draw_donors(torch.zeros_like(self.state), self.seed)

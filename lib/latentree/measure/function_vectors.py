@@ -44,10 +44,7 @@ def _surprise(logits, prompts: Prompts) -> torch.Tensor:
 
 
 def _states(model, contexts: Contexts, rows: int = 64):
-    """Head outputs z (layer, query, head, head_dim) and logits (query, vocabulary) at queries.
-
-    `rows` contexts run at a time.
-    """
+    """Head outputs z (layer, query, head, head_dim) and logits (query, vocabulary) at queries."""
     z, logits = [], []
     for first in range(0, len(contexts.tokens), rows):
         found = run(model, contexts.tokens[first : first + rows], ("z", "logits"))
@@ -74,8 +71,8 @@ def last_logits(model, tokens, change=None) -> torch.Tensor:
 def added_logits(model, tokens, layer: int, vectors, to: str = "attention") -> torch.Tensor:
     """`last_logits` when `vectors` (batch, width) are added at the last position.
 
-    to: `attention`, to what the layer's attention adds to the stream, so that an MLP that comes
-    after it reads the sum; `stream`, to the stream after the whole layer.
+    to: `attention`, to what the layer's attention adds, so that an MLP that comes after it reads
+    the sum; `stream`, to the stream after the whole layer.
     """
 
     def add(written):
@@ -127,8 +124,8 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
     many nats the `KL` from the truth falls, or the log-probability of the `gold word` rises.
     vector: the `own` document's, `another` one's, of the next latent, a `random` one of the same
     norm, and `own - another`. Without a layer (-1): `zero-shot` and, for SAME, `in context` are the
-    distances themselves; `best layer` is own - another of the layer that one half of the latents
-    chose, on the other half, both ways.
+    distances themselves; `best layer` is own - another, each half of the latents choosing for the
+    other half.
     """
     z, in_context = _states(model, contexts, rows)
     own = attention_outputs(model, z)
@@ -148,8 +145,7 @@ def layerwise(model, contexts: Contexts, prompts: dict, seed=0, rows=64) -> pd.D
                 gain = value if layer == -1 else off["zero-shot", -1] - value
                 found[name, vector, layer, quantity] = gain
             for layer in range(len(own)):
-                difference = off["another", layer] - off["own", layer]
-                found[name, DIFFERENCE, layer, quantity] = difference
+                found[name, DIFFERENCE, layer, quantity] = off["another", layer] - off["own", layer]
     return _over_latents(found, contexts.query_latent)
 
 
@@ -164,7 +160,7 @@ def _over_latents(rows: dict, latent) -> pd.DataFrame:
         if vector == DIFFERENCE:
             differences.setdefault((prompt, quantity), []).append(sums)
     for (prompt, quantity), layers in differences.items():
-        best = choose_and_score(torch.stack(layers, 1), count)[:3]
+        best = choose_and_score(torch.stack(layers, 1), count)
         table.append((prompt, BEST, -1, quantity, *map(float, best)))
     columns = ["prompt", "vector", "layer", "quantity", "value", "low", "high"]
     return pd.DataFrame(table, columns=columns).assign(latents=len(there))
@@ -173,7 +169,7 @@ def _over_latents(rows: dict, latent) -> pd.DataFrame:
 # ------------------------------------------------------------------ a function, or a bias
 
 
-def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
+def best_bias(logits, prompts: Prompts) -> torch.Tensor:
     """Logits (prompt, vocabulary) plus the output bias of each latent that predicts best.
 
     It is fitted to the very prompts, by iterative scaling (Darroch and Ratcliff 1972): each step
@@ -183,7 +179,7 @@ def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
     there, place = prompts.latent.unique(return_inverse=True)
     nothing = torch.zeros(len(there), log_p.shape[1], dtype=torch.float64)
     wanted = nothing.index_add(0, place, prompts.gold).clamp(min=1e-9).log()
-    for _ in range(steps):
+    for _ in range(500):
         given = nothing.index_add(0, place, log_p.exp()).clamp(min=1e-9).log()
         log_p = (log_p + (wanted - given)[place]).log_softmax(-1)
     return log_p
@@ -192,9 +188,8 @@ def best_bias(logits, prompts: Prompts, steps: int = 500) -> torch.Tensor:
 def mean_heads(z, contexts: Contexts, prompts: Prompts, latent=None) -> torch.Tensor:
     """For each prompt the mean head outputs of its latent: (layer, prompt, head, head_dim).
 
-    `z` (layer, query, head, head_dim) are those of the contexts' queries; those at which the
-    prompt's own last word stands are left out. `latent` (prompt,) gives other latents. ValueError
-    for a latent of which no query is left.
+    `z` (layer, query, head, head_dim) are those of the contexts' queries; those at the prompt's own
+    last word are left out. `latent` (prompt,) gives other latents. ValueError if none is left.
     """
     word = contexts.tokens[contexts.document, contexts.position]
     latent = prompts.latent if latent is None else latent

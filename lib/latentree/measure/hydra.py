@@ -30,32 +30,27 @@ from latentree.evidence.intervals import bootstrap, ratio, t_interval
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
 
-_TOLD = ("removed", "total", "compensation")
-_WAYS = ("resample", "anywhere", "mean", "zero", "random")
-_POINTS = ("stream", "z", "attention", "mlp", "normed")
+_WAYS = ("resample", "zero", "random")
+_POINTS = ("stream", "attention", "mlp", "normed")
 _PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
 
 def measure(model, stimulus, among="vocabulary", kinds=("layer", "attention")) -> pd.DataFrame:
-    """All components of these kinds, each resampled on its own (`Ablations`): a table for sweep().
+    """All components of these kinds, each resampled on its own (`Ablations`).
 
-    `value` in logits, `low` and `high` bound 95 % over `n` sequences (Student's t; slope:
-    bootstrap). Quantities, by `ablated` kind and `layer`: change of the direct effect of a later
-    layer, `responding` (-1 in the other rows); removed, total, compensation; slope of compensation
-    on what is removed, over sequences.
+    DataFrame (ablated, layer, responding, quantity, value, low, high, among, n): logits, 95 % over
+    `n` sequences (Student's t), by `ablated` kind and `layer`. Quantities: removed, compensation,
+    and change of the direct effect of a later layer, `responding` (-1 in the other rows).
     """
     runs, rows = Ablations(model, stimulus, among=among), []
     for kind, layer in product(kinds, range(runs.inside.layers)):
         found = runs.ablate(kind, layer)
-        quantities = {(-1, name): getattr(found, name) for name in _TOLD}
+        quantities = {(-1, "removed"): found.removed, (-1, "compensation"): found.compensation}
         for later in range(layer + 1, runs.inside.layers):
             quantities[later, "change"] = found.responses[:, later]
         values = torch.stack([*quantities.values()], 1)
         intervals = torch.stack(ratio(values, torch.ones_like(values)), 1).tolist()
-        intervals = dict(zip(quantities, intervals))
-        if found.compensation.any():  # something comes later
-            intervals[-1, "slope"] = bootstrap(found.pairs, slope, draws=500)
-        rows += [(kind, layer, *label, *interval) for label, interval in intervals.items()]
+        rows += [(kind, layer, *label, *interval) for label, interval in zip(quantities, intervals)]
     columns = ["ablated", "layer", "responding", "quantity", "value", "low", "high"]
     return pd.DataFrame(rows, columns=columns).assign(among=among, n=len(stimulus.at))
 
@@ -129,16 +124,15 @@ def cross_judged(terms, least: float, choose=np.nanargmax, share=given_back):
     return judged if len(judged) and t_interval(judged[:, 0])[1] > 0 else None
 
 
-def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
+def repairs(model, stimulus, among="vocabulary") -> pd.DataFrame:
     """`repair_terms` of every attention layer as a table for sweep().
 
     Columns layer, quantity, value, low, high (95 % over sequences), n. Quantities removed,
     compensation, random (logits), given back (a share, `given_back`), and two slopes of
-    compensation on what was removed: slope, by least squares, and Theil-Sen's, which outliers do
-    not move.
+    compensation on what was removed: by least squares, and Theil-Sen's, which outliers do not move.
     """
     rows = []
-    for layer, terms in enumerate(repair_terms(model, stimulus, among, draws)):
+    for layer, terms in enumerate(repair_terms(model, stimulus, among)):
         found = dict(zip(("removed", "compensation", "random"), map(t_interval, terms.T)))
         if terms[:, 1].any():  # something comes later
             found["given back"] = bootstrap(terms, given_back, draws=500)
@@ -154,15 +148,13 @@ def repairs(model, stimulus, among="vocabulary", draws=3) -> pd.DataFrame:
 class Effects:
     """Direct effects in one run, float64, first axis the sequence.
 
-    `embedding`, `bias` (sequence,), `attention`, `mlp` (sequence, layer), `head` (sequence, layer,
-    head); `frozen`, `logit` (sequence,): the centred logit with the clean run's scale and its own.
-    Embedding, attention, MLPs and bias sum to `frozen`; heads, with o_proj's bias, to attention.
+    `embedding`, `bias` (sequence,), `attention`, `mlp` (sequence, layer) sum to `frozen`; `frozen`,
+    `logit` (sequence,): the centred logit with the clean run's scale and its own.
     """
 
     embedding: torch.Tensor
     attention: torch.Tensor
     mlp: torch.Tensor
-    head: torch.Tensor
     bias: torch.Tensor
     frozen: torch.Tensor
     logit: torch.Tensor
@@ -170,22 +162,17 @@ class Effects:
 
 @dataclass
 class Response:
-    """What follows when a component (`kind`, `layer`, `number` of the head or -1) is replaced.
+    """What follows when a component is replaced, float64, first axis the sequence.
 
-    float64, first axis the sequence. `removed`: its direct effect, clean minus ablated (of a head,
-    all that its attention loses); `total`: the change of the centred logit; `attention`, `mlp`
-    (sequence, layer), `head` (sequence, layer, head): changes of later components' direct effects,
-    0 for others; `norm`: by the final norm's rescaling. total = - removed + compensation + norm.
+    `removed`: its direct effect, clean minus ablated; `total`: the change of the centred logit;
+    `attention`, `mlp` (sequence, layer): changes of later components' direct effects, 0 for others;
+    `norm`: by the final norm's rescaling. total = - removed + compensation + norm.
     """
 
-    kind: str
-    layer: int
-    number: int
     removed: torch.Tensor
     total: torch.Tensor
     attention: torch.Tensor
     mlp: torch.Tensor
-    head: torch.Tensor
     norm: torch.Tensor
 
     @property
@@ -203,150 +190,112 @@ class Response:
         """How much less than the direct effect the logit falls (sequence,), the norm included."""
         return self.total + self.removed
 
-    @property
-    def pairs(self) -> np.ndarray:
-        """What is removed and its compensation (sequence, 2), to regress the one on the other."""
-        return torch.stack([self.removed, self.compensation], 1).numpy()
-
 
 class Ablations:
     """A clean run of a model on a stimulus (`clean`), and runs in which one component is replaced.
 
     `how`:
     - resample: by what it writes in another document, at a position of the same syntactic state;
-    - anywhere: in another document, at any position; mean: by its mean over positions; zero: by 0;
-    - random: by itself minus a random direction as long as what resampling takes away (in the
-      stream, and for a layer as long as what both its parts lose together).
+    - zero: by 0;
+    - random: by itself minus a random direction as long as what resampling takes away (for a layer
+      as long as what both its parts lose together).
     It is replaced at the scored position, which alone is run again on the clean run's keys and
-    values, or `everywhere`. `among`: logits are centred over the vocabulary, or the words of the
-    target's role. Memory: all that components write, for all sequences at once.
+    values. `among`: logits are centred over the vocabulary, or the words of the target's role.
+    Memory: all that components write, for all sequences at once.
     ValueError for another way, roles that are not known, or a position without a donor.
     """
 
     @torch.no_grad()
-    def __init__(self, model, stimulus, how="resample", everywhere=False, among="vocabulary"):
+    def __init__(self, model, stimulus, how="resample", among="vocabulary"):
         if how not in _WAYS:
             raise ValueError(f"how = {how!r}: is unknown; use one of {', '.join(_WAYS)}")
         self.model, self.inside, self.how, self.seed = model, Internals(model), how, stimulus.seed
         tokens, at = (field.to(model.device) for field in (stimulus.tokens, stimulus.at))
         row, places = (torch.arange(size, device=model.device) for size in tokens.shape)
-        donor = stimulus.any_state if how == "anywhere" else stimulus.same_state
-        sequence, position = (index.to(model.device) for index in donor)
-        alone = int((sequence[row, at] == row).sum())
-        if alone and how not in ("mean", "zero"):
+        self.places = row[:, None], at[:, None]
+        self.tokens = tokens[self.places]
+        self.donor = tuple(index.to(model.device)[self.places] for index in stimulus.same_state)
+        alone = int((self.donor[0] == self.places[0]).sum())
+        if alone:
             raise ValueError(
-                f"how = {how!r}: {alone} scored positions have no donor of their state in another "
-                "document; give more sequences, score other positions, or use 'anywhere'"
+                f"stimulus: {alone} scored positions have no donor of their state in another "
+                "document; give more sequences, or score other positions"
             )
-        self.written = run(model, tokens, _POINTS if everywhere else (*_POINTS, "cache"))
+        self.written = run(model, tokens, (*_POINTS, "cache"))
         table = weight(self.inside.unembedding).double()
         rivals = {"vocabulary": torch.ones(1, len(table)), "role": stimulus.peers}[among]
         if rivals is None:
             raise ValueError("among = 'role': the stimulus has no roles; make it with a grammar")
         rivals = rivals.to(table)
         self.direction = table[stimulus.target] - rivals @ table / rivals.sum(1, keepdim=True)
-        stream = self.written["stream"][-1, row, at].double()
-        self.scale = norm_scale(self.inside.final_norm, stream)
-        self.clean = self._effects(self.written, row, at)
-        self.inputs = {}
-        if everywhere:
-            self.places, self.scored = (row[:, None], places[None]), (row, at)
-        else:  # the scored position alone is run again, and sees what came before it
-            self.places, self.scored = (row[:, None], at[:, None]), (row, torch.zeros_like(at))
-            seen = torch.cat([places < at[:, None], torch.ones_like(at[:, None])], 1)
-            self.inputs = {"position_ids": at[:, None], "attention_mask": seen}
-            self.inputs["past_key_values"] = self.written["cache"]
-        self.tokens = tokens[self.places]
-        self.donor = sequence[self.places], position[self.places]
+        scored = {point: self.written[point][..., row, at, :] for point in _POINTS}
+        self.scale = norm_scale(self.inside.final_norm, scored["stream"][-1].double())
+        self.clean = self._effects(scored)
+        # The scored position alone is run again, and sees what came before it.
+        seen = torch.cat([places < at[:, None], torch.ones_like(at[:, None])], 1)
+        self.inputs = {"position_ids": at[:, None], "attention_mask": seen}
+        self.inputs["past_key_values"] = self.written["cache"]
 
     def another(self, how: str, seed: int) -> Ablations:
-        """Runs that replace in another way, mean, zero or random; the clean run is the same one."""
+        """Runs that replace in another way; the clean run is the same one."""
         runs = copy(self)
         runs.how, runs.seed = how, seed
         return runs
 
-    def _effects(self, written: dict, row, column) -> Effects:
-        """Direct effects of what a run wrote at (row, column), read with the clean run's scale."""
+    def _effects(self, written: dict) -> Effects:
+        """Direct effects of what a run wrote (..., sequence, width), by the clean run's scale."""
         norm = self.inside.final_norm
 
         def effect(vectors):  # (..., sequence, width) -> (sequence, ...)
             normed = norm_gain(norm, vectors.double()) * self.scale
             return (normed * self.direction).sum(-1).movedim(-1, 0).cpu()
 
-        here = {point: written[point][..., row, column, :] for point in _POINTS if point != "z"}
-        z = written["z"][:, row, column]
-        heads = [self.inside.head_written(layer, one) for layer, one in enumerate(z)]
         bias = getattr(norm, "bias", None)
         bias = (self.direction * (0 if bias is None else bias)).sum(-1).cpu()
         return Effects(
-            embedding=effect(here["stream"][0]),
-            attention=effect(here["attention"]),
-            mlp=effect(here["mlp"]),
-            head=effect(torch.stack(heads).transpose(1, 2)),
+            embedding=effect(written["stream"][0]),
+            attention=effect(written["attention"]),
+            mlp=effect(written["mlp"]),
             bias=bias,
-            frozen=effect(here["stream"][-1]) + bias,
-            logit=(here["normed"].double() * self.direction).sum(-1).cpu(),
+            frozen=effect(written["stream"][-1]) + bias,
+            logit=(written["normed"].double() * self.direction).sum(-1).cpu(),
         )
 
     @torch.no_grad()
-    def ablate(self, kind: str, layer: int, head: int = -1, also=None) -> Response:
-        """One run in which what a `layer`, its `attention`, `mlp` or `head` adds is replaced.
+    def ablate(self, kind: str, layer: int, also=None) -> Response:
+        """One run in which what a `layer`, its `attention` or its `mlp` adds is replaced.
 
         `also` are further changes of this run, as `trace.run` takes them.
         """
-        new = self.replacement(kind, layer, head)
-
-        def put(point):
-            return lambda written: new[point]
-
-        change = {(point, layer): put(point) for point in new} | (also or {})
-        written = run(self.model, self.tokens, _POINTS, change, **self.inputs)
-        if "cache" in self.written:
-            self.written["cache"].crop(-1)  # which this run has made one position longer
-        after, clean = self._effects(written, *self.scored), self.clean
+        change = {}
+        for point, new in self.replacement(kind, layer).items():
+            change[point, layer] = lambda written, new=new: new
+        written = run(self.model, self.tokens, _POINTS, change | (also or {}), **self.inputs)
+        self.written["cache"].crop(-1)  # which this run has made one position longer
+        after = self._effects({point: written[point][..., 0, :] for point in _POINTS})
+        clean, parts, layers = self.clean, _PARTS[kind], torch.arange(self.inside.layers)
         changes = {"attention": after.attention - clean.attention, "mlp": after.mlp - clean.mlp}
-        parts = ("attention",) if kind == "head" else _PARTS[kind]
-        layers = torch.arange(self.inside.layers)
-        later = layers > layer
         return Response(
-            kind=kind,
-            layer=layer,
-            number=head,
             removed=-sum(changes[part][:, layer] for part in parts),
             total=after.logit - clean.logit,
-            attention=changes["attention"] * later,
-            mlp=changes["mlp"] * (later if "mlp" in parts else layers >= layer),
-            head=(after.head - clean.head) * later[:, None],
+            attention=changes["attention"] * (layers > layer),
+            mlp=changes["mlp"] * (layers > layer if "mlp" in parts else layers >= layer),
             norm=after.logit - after.frozen,
         )
 
     @torch.no_grad()
-    def replacement(self, kind: str, layer: int, head: int = -1) -> dict:
-        """{point: what takes the place of all that is written there}, where it is run again."""
-        points = ("z",) if kind == "head" else _PARTS[kind]
-        if kind == "head" and not 0 <= head < self.inside.heads:
-            raise ValueError(f"head = {head}: give a number from 0 to {self.inside.heads - 1}")
+    def replacement(self, kind: str, layer: int) -> dict:
+        """{point: what takes the place of what is written there (sequence, 1, width)}."""
         own, new = {}, {}
-        for point in points:
+        for point in _PARTS[kind]:
             written = self.written[point][layer]
-            written = written[:, :, head] if kind == "head" else written
             own[point] = written[self.places]
-            if self.how == "zero":
-                new[point] = torch.zeros_like(own[point])
-            elif self.how == "mean":
-                new[point] = written.mean((0, 1)).expand_as(own[point])
-            else:
-                new[point] = written[self.donor]
+            new[point] = torch.zeros_like(own[point]) if self.how == "zero" else written[self.donor]
         if self.how == "random":
-            lost = sum(own[point] - new[point] for point in points)
-            seed = self.seed + layer * self.inside.heads + head + 1
-            drawn = torch.randn(lost.shape, generator=torch.Generator().manual_seed(seed)).to(lost)
-            adds = self.inside.w_o(layer)[head] if kind == "head" else torch.eye(lost.shape[-1])
-            length = (lost @ adds.to(lost)).norm(dim=-1, keepdim=True)
-            drawn = drawn * length / (drawn @ adds.to(lost)).norm(dim=-1, keepdim=True)
-            new = own | {points[0]: own[points[0]] - drawn}
-        if kind == "head":
-            z = self.written["z"][layer][self.places].clone()
-            z[:, :, head] = new["z"]
-            new["z"] = z
+            lost = sum(own[point] - new[point] for point in own)
+            generator = torch.Generator().manual_seed(self.seed + layer * self.inside.heads)
+            drawn = torch.randn(lost.shape, generator=generator).to(lost)
+            drawn = drawn * lost.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+            first = _PARTS[kind][0]
+            new = own | {first: own[first] - drawn}
         return new

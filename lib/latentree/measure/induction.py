@@ -75,7 +75,7 @@ def head_rows(intervals, heads: int, **columns) -> pd.DataFrame:
 
 def best_row(table: pd.DataFrame, head: int, sums, counts) -> pd.DataFrame:
     """The row of a head of `head_rows` with the value of the best head, by `choose_and_score`."""
-    interval = map(float, choose_and_score(sums, counts)[:3])
+    interval = map(float, choose_and_score(sums, counts))
     return table.iloc[[head]].assign(variant="best", **dict(zip(_INTERVAL, interval)))
 
 
@@ -101,9 +101,8 @@ def _chance(targets: Targets) -> torch.Tensor:
 def _in_context_gain(losses, stimulus: Stimulus):
     """How much less a repeated pair costs than its first occurrence: sums and counts (sequence,).
 
-    `losses` (sequence, position - 1), nats. The gain, log p(x_q+1) at each later occurrence of
-    (x_q, x_q+1) in a document minus at the first, is averaged over later occurrences; what other
-    context adds between the two is part of it.
+    The gain in nats is log p(x_q+1) at a later occurrence of (x_q, x_q+1) in a document minus at
+    the first; what other context adds between the two is part of it.
     """
     same_pair = stimulus.orders[:, 1:, 1:] >= 2
     again, first = same_pair.any(2), same_pair.int().argmax(2)
@@ -114,29 +113,26 @@ def _in_context_gain(losses, stimulus: Stimulus):
 def choose_and_score(sums, counts):
     """The best head, chosen on one half of the sequences and scored on the other, both ways.
 
-    `sums` (sequence, head), `counts` (sequence,). Returns (value, low, high) as `ratio` over all
-    sequences, and the heads (2,) chosen by the odd and the even ones. The maximum over heads does
-    not bias the value: no sequence chooses its head. The interval takes the choice as given.
+    (value, low, high) as `ratio` of sums (sequence, head) and counts (sequence,). No sequence
+    chooses its head, so the maximum does not bias the value. The interval takes it as given.
     """
     half = torch.arange(len(sums), device=sums.device) % 2
     odd, even = half == 1, half == 0
     chosen = torch.stack([_best(sums[odd], counts[odd]), _best(sums[even], counts[even])])
-    return *ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts), chosen
+    return ratio(sums.gather(1, chosen[half][:, None])[:, 0], counts)
 
 
-def emergence_step(curve: pd.DataFrame, null, margin: float) -> int | None:
+def emergence_step(curve: pd.DataFrame, null: str, margin: float) -> int | None:
     """The first step from which on the lower end stays above null + margin; None if never.
 
-    `curve` has one row a step, with columns step and low; `null` is a number or a column's name.
-    Raises ValueError for several rows of one step.
+    `curve` has columns step, low and the one that `null` names; ValueError for a step twice.
     """
     if curve["step"].duplicated().any():
         raise ValueError(
             f"curve: has {len(curve)} rows for {curve['step'].nunique()} steps; choose one curve"
         )
     curve = curve.sort_values("step", ascending=False)
-    level = curve[null] if isinstance(null, str) else null
-    stays = (curve["low"] > level + margin).cummin()  # from the last step backwards
+    stays = (curve["low"] > curve[null] + margin).cummin()  # from the last step backwards
     return int(curve["step"][stays].min()) if stays.any() else None
 
 
@@ -147,17 +143,14 @@ def _best(sums, counts):
 
 
 def _score_rows(sums, targets: Targets, heads: int) -> pd.DataFrame:
-    """The rows of heads, best heads and the released score.
-
-    `sums` (sequence, own or another's, score, head) are of `attention_sums`.
-    """
+    """Rows of sums (sequence, own or another's, score, head): heads, the best, the release's."""
     own, counts = sums[:, 0], targets.queries
     null = sums[:, 1].sum(0) / counts.sum(0)[:, None]
-    tables = []
+    chance, tables = _chance(targets), []
     for number, (score, order) in enumerate(targets.names):
         one, count = own[:, number], counts[:, number]
         elsewhere = np.nan if score in _SAME_FOR_ALL else null[number].numpy()
-        nulls = {"chance": float(_chance(targets)[number]), "elsewhere": elsewhere}
+        nulls = {"chance": float(chance[number]), "elsewhere": elsewhere}
         about = {"score": score, "order": order, "queries": int(count.sum()), **nulls}
         table = head_rows(torch.stack(ratio(one, count[:, None])), heads, **about)
         best = int(_best(one, count))

@@ -13,10 +13,9 @@ from latentree.train.model import log_probabilities
 def next_roles(grammar: Grammar, tokens: torch.Tensor) -> tuple[torch.Tensor, list, torch.Tensor]:
     """What the grammar allows after each of tokens (sequence, position); windows begin a sentence.
 
-    A state is all roles of the sentence so far. Returns the number of each place's state (sequence,
-    position); the states' names, the last role and those that may follow ("subject > verb", "end >
-    subject|verb" where a sentence begins), so that several have the same; and the tokens allowed
-    after each (state, vocabulary), bool.
+    A state is all roles of the sentence so far. Returns each place's state (sequence, position), a
+    number; the states' names, the last role and those that may follow ("end > subject|verb"), so
+    that several have the same; and the tokens allowed after each (state, vocabulary), bool.
     """
     numbers, rows = {(): 0}, []
     for row in tokens.tolist():

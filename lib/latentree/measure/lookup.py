@@ -204,10 +204,7 @@ def _losses(losses, look_ups, here) -> pd.DataFrame:
 
 
 def _pairs(documents, grammar, callers=None) -> dict:
-    """Each token's role, and for each habit how far from it the other one of its pair stands.
-
-    Fields pair0, pair1, ... (tokens,), 0 for a token that is in no such pair.
-    """
+    """Each token's role, and by habit how far off the other one of its pair is; 0 without one."""
     token, tokens = documents.token, documents.tokens
     if grammar is None:
         called = token["position"] > 0

@@ -22,8 +22,7 @@ class Contexts:
     """Documents from their beginning, and the queries: places where the sentence is in the state.
 
     tokens (document, position) are filled up with the end token; latent (document,) numbers what
-    documents share; document and position (query,) say where the state's last word stands; `source`
-    is the corpus's own record of the documents.
+    documents share; document and position (query,) say where the state's last word stands.
     """
 
     corpus: Corpus
@@ -32,7 +31,7 @@ class Contexts:
     latent: torch.Tensor
     document: torch.Tensor
     position: torch.Tensor
-    source: Documents
+    source: Documents  # the corpus's own record of them
 
     @property
     def query_latent(self) -> torch.Tensor:
@@ -86,16 +85,11 @@ def contexts(corpus, state, latents, repetitions, length, shortest=0, first=0) -
 
 
 def _sharing(corpus: GrammarProcess, repetitions: int) -> GrammarProcess:
-    """The same corpus with so many documents for each latent.
-
-    ValueError if latents change within a document.
-    """
+    """The same corpus with so many documents for each latent."""
     file = corpus.grammar.file.model_dump() | {"repetitions": repetitions, "exclude_held_out": 0}
     if not set(file["redraw"]) <= {"corpus", "document"}:
-        mend = "give a grammar that redraws for whole documents, so that each has one latent"
-        raise ValueError(
-            f"{corpus.name}: redraws latents within documents, {file['redraw']}; {mend}"
-        )
+        what = f"redraws latents within documents, {file['redraw']}"
+        raise ValueError(f"{corpus.name}: {what}; give a grammar that redraws for whole documents")
     return GrammarProcess(Grammar(file), corpus.seed)
 
 

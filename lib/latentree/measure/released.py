@@ -12,8 +12,8 @@ def as_released(model, tokens, furthest: int = 2) -> tuple[torch.Tensor, torch.T
 
     They are of the CURRENT token at the last position of tokens (batch, position), by unembedding
     the stream after each block without the final norm; ablated: when the whole stream after the
-    block m layers before is set to 0. Not a number where there is no such block. In a model without
-    biases a block maps 0 to 0, so nothing of this can show compensation.
+    block m layers before is set to 0; NaN where there is none. In a model without biases a block
+    maps 0 to 0, so nothing of this can show compensation.
     """
     layers = Internals(model).layers
     unembedded = weight(model.lm_head)[tokens[:, -1]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad
 
 from latentree.data.corpus import held_out
 
@@ -21,8 +21,8 @@ class Targets:
     """Where scores look.
 
     - names: [(score, order), ...]; order 0 for a score that has none, or for all orders together.
-    - entries (4, entries): in a sequence, attention from a query to a key counts for a score;
-      the numbers of the four.
+    - entries (4, entries): the numbers of a sequence, a query, a key and the score that counts
+      attention there.
     - queries (sequence, score): how many queries of a sequence have a target.
     """
 
@@ -66,13 +66,8 @@ class Stimulus:
         order, longer = torch.zeros_like(match, dtype=torch.uint8), match
         for _ in range(LONGEST + 1):
             order += longer
-            longer = match & F.pad(longer[:, :-1, :-1], (1, 0, 1, 0))  # it goes on one token back
+            longer = match & pad(longer[:, :-1, :-1], (1, 0, 1, 0))  # it goes on one token back
         return order
-
-    @property
-    def matched(self) -> torch.Tensor:
-        """Whether each token (sequence, position) came before, in the same document."""
-        return (self.orders > 0).any(2)
 
     @cached_property
     def targets(self) -> Targets:
@@ -94,8 +89,7 @@ class Stimulus:
 
         followed = self.orders.roll(1, 2)  # the last key has no match, so nothing comes round
         for n in range(LONGEST + 1):
-            goals = followed == n if n else followed > 0
-            add("induction", n, goals)
+            add("induction", n, followed == n if n else followed > 0)
         add("duplicate-token", 0, self.orders > 0)
         place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         back = (place[:, None] - place).expand_as(self.orders)

@@ -17,10 +17,7 @@ from latentree.inside.trace import run
 
 
 def predictions(model, book: Codebook, cue, answer, change=None) -> torch.Tensor:
-    """A model's log probabilities (sequence, segment, answer), float64, among the answers.
-
-    `change` as in trace.run.
-    """
+    """A model's log probabilities (sequence, segment, answer), float64; `change` as trace.run's."""
     tokens = book.tokens(cue, answer)[:, :-1]
     logits = run(model, tokens, ["logits"], change)["logits"][:, ::2, book.cues :]
     return logits.double().log_softmax(-1).cpu()
@@ -90,13 +87,12 @@ def followed(predict, book: Codebook, cue, answer, latent, distances, seed=0) ->
 def reuse(model, book: Codebook, cue, answer, latent, recent: int = 4, seed: int = 0):
     """Whether the last prediction follows another code, patched into the stream at earlier answers.
 
-    DataFrame (site, part, layer, followed, count): the number of sequences that give more to the
-    donor's answer than to their own code's. Sites are `all` earlier answers and the `recent` last
-    of them. The stream there, before block `layer`, is replaced by that of the same cues with the
-    donor's answers (`donors`): as a `whole`, or of it only the `token` that is embedded, or what
-    the blocks have `written` since, or what they write of the same answers to `other cues`, which
-    says nothing of a code. Part `exact` is the exact reader of exchanged answers, and site `none`
-    the undisturbed model.
+    DataFrame (site, part, layer, followed, count): how many sequences give more to the donor's
+    answer than to their own code's. Sites are `all` earlier answers and the `recent` last of them.
+    The stream there, before block `layer`, is replaced by that of the same cues with the donor's
+    answers (`donors`): as a `whole`, or of it only the `token` that is embedded, or what the blocks
+    have `written` since, or what they write of the same answers to `other cues`, which says nothing
+    of a code. Part `exact` is the exact reader of exchanged answers, site `none` is undisturbed.
     """
     given, sides = donors(book, cue, latent, seed)
     texts = (cue, answer), (cue, given), (cue.roll(1, 0), given)
