@@ -60,9 +60,8 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
         """ValueError for one of the trackers that is not installed."""
         for name in self.trackers:
             if find_spec(name) is None:
-                raise ValueError(
-                    f"trackers: {name} is not installed; `pip install {name}`, or leave it out"
-                )
+                mend = f"`pip install {name}`, or leave it out"
+                raise ValueError(f"trackers: {name} is not installed; {mend}")
 
     def sizes(self) -> dict:
         """The arguments of `build_model` that are settings here."""
