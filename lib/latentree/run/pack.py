@@ -15,7 +15,7 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from latentree.data.files import read_yaml
-from latentree.run.record import output_folder, project_root
+from latentree.run.record import project_root
 from latentree.run.trainings import pool
 from latentree.series.checkpoints import CARD, IDENTITY, LocalSeries
 
@@ -41,14 +41,16 @@ def pack(run: Path, file: Path) -> None:
         for folder, (_, corpus, _) in jobs.items():
             steps = LocalSeries(folder).steps
             kept = {steps[-1]}
-            kept |= {steps[0]} if corpus.name in measured else set()
-            for share in SHARES if corpus.name == measured[0] else ():
-                kept.add(min(steps, key=lambda step: abs(step - share * steps[-1])))
+            if corpus.name in measured:
+                kept.add(steps[0])
+            if corpus.name == measured[0]:
+                for share in SHARES:
+                    kept.add(min(steps, key=lambda step: abs(step - share * steps[-1])))
             files = [folder / name for name in FILES]
             for step in sorted(kept):
                 files += sorted((folder / f"step-{step:08d}").iterdir())
             for path in files:
-                packed.write(path, output_folder(run.name) / path.relative_to(run))
+                packed.write(path, Path("outputs", run.name, path.relative_to(run)))
     os.replace(partial, file)
 
 
