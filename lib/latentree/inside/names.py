@@ -19,7 +19,6 @@ class Names:
     """
 
     blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     o_proj: str = "self_attn.o_proj"
     projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -48,14 +47,12 @@ NAMES = {
     "olmo3": _NORMED_AFTERWARDS,
     "gpt_neox": Names(
         blocks="gpt_neox.layers",
-        embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
         o_proj="attention.dense",
         projections=("attention.query_key_value",),
     ),
     "gpt2": Names(
         blocks="transformer.h",
-        embedding="transformer.wte",
         final_norm="transformer.ln_f",
         o_proj="attn.c_proj",
         projections=("attn.c_attn",),
@@ -69,9 +66,9 @@ NAMES = {
 class Internals:
     """A model's internal points by name.
 
-    `blocks` (the layers' modules), `embedding`, `unembedding`, `final_norm`; numbers `layers`,
-    `heads`, `head_dim` and `width`. `root` may be nnsight's view of `model`: the points are then
-    what a trace reads and sets. The methods that return weights need the model itself.
+    `blocks` (the layers' modules), `final_norm`, `unembedding`; numbers `layers`, `heads`,
+    `head_dim` and `width`. `root` may be nnsight's view of `model`: the points are then what a
+    trace reads and sets. The methods that return weights need the model itself.
     Raises ValueError if the architecture is unknown, or its attention has no such heads.
     """
 
@@ -84,8 +81,7 @@ class Internals:
                 f"{', '.join(NAMES)}, or add a line to NAMES"
             )
         self.names = NAMES[architecture]
-        self.blocks = _part(root, self.names.blocks)
-        self.embedding, self.unembedding = _part(root, self.names.embedding), root.lm_head
+        self.blocks, self.unembedding = _part(root, self.names.blocks), root.lm_head
         self.final_norm = _part(root, self.names.final_norm)
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
         self.width = self.config.hidden_size

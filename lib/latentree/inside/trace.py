@@ -18,7 +18,7 @@ from nnsight import NNsight
 
 from latentree.inside.names import Internals
 
-_BY_HEAD = ("q", "k", "v", "z")
+_BY_HEAD = {"q", "k", "v", "z"}
 _ONCE = ("normed", "logits", "cache")
 
 
@@ -62,19 +62,18 @@ def run(model, tokens, read=(), change=None, **inputs) -> dict:
                 setattr(module, side, written)
             if point in found:
                 found[point].append(getattr(module, side))
-        found.save()
-        once = {}
         if "normed" in read:
-            once["normed"] = inside.final_norm.output
+            found["normed"] = inside.final_norm.output
         if "logits" in read:
-            once["logits"] = traced.output.logits
+            found["logits"] = traced.output.logits
         if "cache" in read:
-            once["cache"] = traced.output.past_key_values
-        once.save()
-    found = {point: torch.stack(written) for point, written in found.items()}
-    for point in set(found) & set(_BY_HEAD):
-        found[point] = found[point].unflatten(-1, shape)
-    return found | once
+            found["cache"] = traced.output.past_key_values
+        found.save()
+    for point in found.keys() - set(_ONCE):
+        found[point] = torch.stack(found[point])
+        if point in _BY_HEAD:
+            found[point] = found[point].unflatten(-1, shape)
+    return found
 
 
 def _sites(inside: Internals) -> list:

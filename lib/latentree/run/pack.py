@@ -19,7 +19,6 @@ from latentree.run.record import project_root
 from latentree.run.trainings import pool
 from latentree.series.checkpoints import CARD, IDENTITY, LocalSeries
 
-SEED = 0
 SHARES = (1 / 3, 1 / 9, 1 / 27)  # of a training on the main corpus: where checkpoints are kept, too
 FILES = (IDENTITY, CARD, "losses.csv", "held_out.csv")
 
@@ -31,7 +30,7 @@ def pack(run: Path, file: Path) -> None:
     """
     run = run.resolve()
     params = project_root() / "params" / run.name
-    jobs, _ = pool(params, run, "0[23]_*", seed=SEED)
+    jobs, _ = pool(params, run, "0[23]_*", seed=0)
     for folder in jobs:
         if not (folder / CARD).exists():
             raise ValueError(f"{folder}: is not finished; run `make run PROFILE={run.name}`")

@@ -99,9 +99,8 @@ def _told(*line) -> str | None:
 
 def _git_state() -> dict:
     """Commit, and whether files outside outputs/ differ from it; None where git does not say."""
-    commit = None
-    if (project_root() / ".git").exists():  # and not a repository that the project lies in
-        commit = _told("git", "rev-parse", "--verify", "HEAD")
+    here = (project_root() / ".git").exists()  # and not a repository that the project lies in
+    commit = _told("git", "rev-parse", "--verify", "HEAD") if here else None
     if commit is None:
         return {"commit": None, "dirty": None}
     changed = _told("git", "status", "--porcelain", "--", ".", ":(exclude)outputs")

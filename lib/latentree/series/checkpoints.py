@@ -57,8 +57,8 @@ def read_identity(folder: Path) -> dict:
         raise ValueError(f"{folder / IDENTITY}: is damaged: {error}; give another folder") from None
 
 
-def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
-    """The model in `folder`, ready to be measured; `options` go to from_pretrained.
+def load_whole(folder: Path, device="cpu", dtype=torch.float32):
+    """The model in `folder`, ready to be measured.
 
     ValueError if the folder lacks some of its weights, which transformers would draw at random, has
     others than its config says, which it would leave out, or some that are whole numbers or not
@@ -69,7 +69,7 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
             file.open("rb").close()
         if file.suffix == ".safetensors":
             _check_numbers(file)
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told below
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told below
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -128,9 +128,9 @@ class LocalSeries:
         """The transformers config of its models."""
         return AutoConfig.from_pretrained(self._folders[self.steps[-1]], local_files_only=True)
 
-    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
-        """The model at `step`, ready to be measured; `options` go to from_pretrained."""
-        model = load_whole(self._folders[step], device, dtype, **options)
+    def load(self, step: int, device="cpu", dtype=torch.float32):
+        """The model at `step`, ready to be measured."""
+        model = load_whole(self._folders[step], device, dtype)
         said = model.config.num_attention_heads
         heads = self.identity.get("heads", said)
         if heads != said:  # weights of either have the same sizes

@@ -290,8 +290,8 @@ class HubSeries:
             raise ValueError(f"{self.repository}: is a {config.model_type}; use one of {known}")
         return config
 
-    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
-        """The model at `step`, ready to be measured; `options` go to from_pretrained."""
+    def load(self, step: int, device="cpu", dtype=torch.float32):
+        """The model at `step`, ready to be measured."""
         self.config(step)  # before its weights are fetched
         if self._free:
             self._remove_before(step)
@@ -305,7 +305,7 @@ class HubSeries:
             )
         if Path(folder).name != found.commit:
             raise ValueError(f"{self.repository}: {found.name} has moved; make the series again")
-        return load_whole(folder, device, dtype, **options)
+        return load_whole(folder, device, dtype)
 
     def _remove_before(self, step: int) -> None:
         """Remove from the cache the revision loaded before, and those of earlier steps."""

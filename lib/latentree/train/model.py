@@ -58,11 +58,9 @@ def build_model(
     with _SEEDING, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(architecture, **settings),
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-        )
+        shape = AutoConfig.for_model(architecture, **settings)
+        options = {"attn_implementation": "sdpa", "dtype": torch.float32}
+        return AutoModelForCausalLM.from_config(shape, **options)
 
 
 def next_token_losses(logits, tokens) -> torch.Tensor:
