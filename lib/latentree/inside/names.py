@@ -63,6 +63,14 @@ NAMES = {
 }
 
 
+def names_of(architecture: str) -> Names:
+    """The names in an architecture. ValueError for one that is unknown here."""
+    if architecture not in NAMES:
+        known = f"use one of {', '.join(NAMES)}, or add a line to NAMES"
+        raise ValueError(f"architecture = {architecture!r}: its parts have no names here; {known}")
+    return NAMES[architecture]
+
+
 class Internals:
     """A model's internal points by name.
 
@@ -74,13 +82,7 @@ class Internals:
 
     def __init__(self, model, root=None):
         self.config, root = model.config, model if root is None else root
-        architecture = self.config.model_type
-        if architecture not in NAMES:
-            raise ValueError(
-                f"architecture = {architecture!r}: its parts have no names here; use one of "
-                f"{', '.join(NAMES)}, or add a line to NAMES"
-            )
-        self.names = NAMES[architecture]
+        self.names = names_of(self.config.model_type)
         self.blocks, self.unembedding = _part(root, self.names.blocks), root.lm_head
         self.final_norm = _part(root, self.names.final_norm)
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads

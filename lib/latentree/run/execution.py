@@ -35,7 +35,6 @@ from latentree.run import record
 from latentree.run.parameters import check, declared
 
 _KINDS = "figures", "tables", "results"  # the folders of what a notebook writes
-_SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
 _TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
 
@@ -150,7 +149,7 @@ class _Lines(TextIOBase):
 
     def write(self, text: str) -> None:
         if "\r" in text:
-            if time.monotonic() - self.last_bar < _SECONDS_BETWEEN_BARS:
+            if time.monotonic() - self.last_bar < 5:
                 return
             self.last_bar = time.monotonic()
             text = text.strip().split("\r")[-1]

@@ -15,7 +15,6 @@ from transformers.utils import logging
 IDENTITY = "training.json"  # what was trained on what: in the run's folder and in each checkpoint
 CARD = "run_card.json"  # written last: its presence says that the training is finished
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # computed, not trained
-_PARTIAL = ".partial-"  # begins the name of a folder that is still being written
 
 logging.disable_progress_bar()  # transformers draws one for every small file
 
@@ -37,7 +36,7 @@ def save_checkpoint(model, run: Path, step: int, tokenizer=None) -> None:
 
     With its `tokenizer` (words.tokenizer), other tools take the folder as it is.
     """
-    partial, folder = run / f"{_PARTIAL}step", run / f"step-{step:08d}"
+    partial, folder = run / ".partial-step", run / f"step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     model.save_pretrained(partial)
     shutil.copy(run / IDENTITY, partial)

@@ -79,9 +79,8 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
         warnings.warn(f"{told}; give {{step: revision}} to measure them", stacklevel=2)
     if not named:
         there = ", ".join(sorted(names)[:3]) or "there is none"
-        raise ValueError(
-            f"{repository}: {where}no revision names a training step ({there}); give them as named"
-        )
+        told = f"no revision names a training step ({there}); give them as named"
+        raise ValueError(f"{repository}: {where}{told}")
     return dict(sorted(named.items()))
 
 

@@ -19,8 +19,6 @@ from latentree.train.training import check_run, train
 _QUOTAS = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _THREADS = "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NCPUS"
-# On a GPU so many at a time, if each has so many bytes: a small model leaves most of it idle.
-_ON_A_GPU, _SHARE_OF_GPU = 6, 16e9
 
 
 def plan(corpora, tokens, seeds, folder, held_out_sequences, variant="", **settings) -> dict:
@@ -71,7 +69,7 @@ def _side_by_side(jobs, device):
     workers = usable_cores()
     if device != "cpu" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        workers = max(1, min(_ON_A_GPU, int(memory / _SHARE_OF_GPU)))
+        workers = max(1, min(6, int(memory / 16e9)))  # a small model leaves most of a GPU idle
     workers = min(len(jobs), workers)
     with ProcessPoolExecutor(workers, context, _begin, (done,)) as pool:
         futures = [pool.submit(train, *job, folder, device, _tell) for folder, job in jobs.items()]

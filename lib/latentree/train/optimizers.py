@@ -5,10 +5,6 @@ from collections import defaultdict
 
 import torch
 
-# Of the quintic Newton-Schulz iteration: K. Jordan, "Muon" (2024), as in torch.optim.Muon.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_ITERATIONS = 5
-
 
 def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
     """The optimizers of a `TrainingConfig`; each group keeps the rate it peaks at under "peak".
@@ -62,10 +58,13 @@ def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def _orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """Each matrix (matrix, short side, long side) with its singular values brought near 1."""
-    a, b, c = _QUINTIC
+    """Each matrix (matrix, short side, long side) with its singular values brought near 1.
+
+    By the quintic Newton-Schulz iteration of K. Jordan, "Muon" (2024), as in torch.optim.Muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x

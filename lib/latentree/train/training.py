@@ -31,7 +31,6 @@ from latentree.train.processes import Bar, accelerator_of, trackers_of
 from latentree.train.settings import TOLD_ONLY, TrainingConfig
 
 STATE = "state.pt"  # where an interrupted training goes on
-_LOG_ROWS = 500  # rows of losses.csv, about
 
 
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
@@ -107,7 +106,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     _load_state(accelerator, folder, model, optimizers, stream, run)
 
     checkpoints = checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log)
-    log_every = max(1, config.steps // _LOG_ROWS)
+    log_every = max(1, config.steps // 500)  # losses.csv has about 500 rows
     window = []
     started, saved = time.monotonic() - run.seconds, time.monotonic()
     total = config.steps * config.step_tokens
