@@ -152,7 +152,7 @@ def test_a_tracker_shows_what_the_tables_say_with_the_exact_losses_beside_it(tmp
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentree.train.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("latentree.train.training.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="trackers: wandb is not installed; `pip install wandb`"):
         small(tmp_path / "run", trackers=["wandb"])
     assert not list(tmp_path.iterdir())

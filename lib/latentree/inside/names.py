@@ -22,10 +22,9 @@ class Names:
     final_norm: str = "model.norm"
     o_proj: str = "self_attn.o_proj"
     projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    mlp: str = "mlp"
     input_norm: str | None = "input_layernorm"  # None: the attention reads the stream as it is
     attention_norm: str | None = None  # of what the attention adds to the stream
-    mlp_norm: str | None = None  # of what the MLP adds to it
+    mlp: str = "mlp"  # what writes what the MLP adds to it: the MLP, or a norm after it
     mlp_size: str = "intermediate_size"  # what the config calls the MLP's width
     config: dict = field(default_factory=dict)  # what the config needs beside the sizes
 
@@ -33,7 +32,7 @@ class Names:
 _NORMED_AFTERWARDS = Names(
     input_norm=None,
     attention_norm="post_attention_layernorm",
-    mlp_norm="post_feedforward_layernorm",
+    mlp="post_feedforward_layernorm",
 )
 NAMES = {
     "llama": Names(),
@@ -114,7 +113,7 @@ class Internals:
 
     def mlp_written(self, layer: int):
         """The module whose output is what the MLP of a layer adds to the stream."""
-        return _part(self.blocks[layer], self.names.mlp_norm or self.names.mlp)
+        return _part(self.blocks[layer], self.names.mlp)
 
     def projectors(self, layer: int) -> dict:
         """The modules that project queries, keys and values, {q, k, v: module}; {} if one does."""

@@ -21,9 +21,6 @@ class _Screen:
             sys.stderr.write(text)
             sys.stderr.flush()
 
-    def flush(self):
-        """Nothing: every write is shown at once."""
-
 
 class Bar(tqdm):
     """A bar of tokens. That it cannot be shown (a closed pipe, a full disk) never ends a run."""

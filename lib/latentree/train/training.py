@@ -5,6 +5,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -63,8 +64,13 @@ def check_run(config, corpus, held_out, folder) -> dict:
     """The identity of a run: what is trained on what. ValueError if `folder` holds another run."""
     length = held_out.shape[1]
     if length != config.context:
-        raise ValueError(f"held_out: has {length} tokens a sequence; give {config.context}")
-    config.check_trackers()
+        raise ValueError(
+            f"held_out: has {length} tokens a sequence; give context = {config.context}"
+        )
+    for name in config.trackers:
+        if find_spec(name) is None:
+            mend = f"`pip install {name}`, or leave it out"
+            raise ValueError(f"trackers: {name} is not installed; {mend}")
     identity = {"corpus": corpus.name, "grammar": corpus.digest, "held_out": digest(held_out)}
     identity |= {"corpus_seed": corpus.seed} if corpus.seed else {}  # 0 is not said
     identity |= config.model_dump(exclude=TOLD_ONLY)
