@@ -64,9 +64,7 @@ def check_run(config, corpus, held_out, folder) -> dict:
     """The identity of a run: what is trained on what. ValueError if `folder` holds another run."""
     length = held_out.shape[1]
     if length != config.context:
-        raise ValueError(
-            f"held_out: has {length} tokens a sequence; give context = {config.context}"
-        )
+        raise ValueError(f"held_out: has {length} tokens a sequence; context is {config.context}")
     for name in config.trackers:
         if find_spec(name) is None:
             mend = f"`pip install {name}`, or leave it out"
