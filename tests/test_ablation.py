@@ -12,9 +12,9 @@ from test_inside import close, random_model
 TOKENS = torch.randint(11, (5, 12), generator=torch.Generator().manual_seed(0))
 # The module in whose output the values stand, and how to take them out.
 VALUES = {
-    "llama": ("v_proj", lambda out: out.unflatten(-1, (2, 8))),
-    "gpt2": ("c_attn", lambda out: out[..., 32:].unflatten(-1, (2, 8))),
-    "gpt_neox": ("query_key_value", lambda out: out.unflatten(-1, (2, 24))[..., 16:]),
+    "llama": ("self_attn.v_proj", lambda out: out.unflatten(-1, (2, 8))),
+    "gpt2": ("attn.c_attn", lambda out: out[..., 32:].unflatten(-1, (2, 8))),
+    "gpt_neox": ("attention.query_key_value", lambda out: out.unflatten(-1, (2, 24))[..., 16:]),
 }
 
 
@@ -36,7 +36,8 @@ def hooked_losses(model, replacements, attended=None):
                     z[:, :, head] = replacement
             return (z.flatten(-2),)
 
-        hooks.append(getattr(inside.attention(layer), name).register_forward_hook(keep))
+        module = inside.blocks[layer].get_submodule(name)
+        hooks.append(module.register_forward_hook(keep))
         hooks.append(inside.o_proj(layer).register_forward_pre_hook(replace))
     with torch.no_grad():
         losses = next_token_losses(model(input_ids=TOKENS).logits, TOKENS)

@@ -222,9 +222,8 @@ def test_added_vectors_agree_with_plain_hooks(architecture):
     inside, clean = Internals(model), fv.last_logits(model, TOKENS)
     for layer in range(2):
         block = inside.blocks[layer]
-        attention = inside.attention(layer)
-        if architecture == "olmo2":
-            attention = block.post_attention_layernorm
+        normed = architecture == "olmo2"
+        attention = block.post_attention_layernorm if normed else block.attention
         for to, module in (("attention", attention), ("stream", block)):
             found = fv.added_logits(model, TOKENS, layer, VECTORS, to)
             expected = hooked_logits(model, module, VECTORS)

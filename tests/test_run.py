@@ -407,8 +407,3 @@ def test_what_a_shell_says_of_warnings_and_of_bars_does_not_end_a_run(tmp_path, 
     ran = run(write_project(tmp_path, **{NAME: warns}), NAME)
     assert ran.returncode == 0, ran.stderr
     assert "ignored in the environment: " in ran.stderr
-
-
-def test_the_folder_of_a_profile(capsys):
-    assert main(["--folder-of", "smoke"]) == 0
-    assert capsys.readouterr().out == "outputs/smoke\n"

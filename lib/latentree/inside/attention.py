@@ -15,15 +15,13 @@ def attention(model, see, weigh=partial(torch.softmax, dim=-1, dtype=torch.float
     """Within, every layer calls `see(layer, probabilities)`.
 
     They are (batch, head, query, key). What it returns, unless None, is attended with in their
-    place. `weigh` makes them from scores, which are very negative where a key is hidden. The other
-    attention functions are faster and compute no probabilities, so the model has its own one back
-    afterwards.
+    place. `weigh` makes them from scores, which are very negative where a key is hidden. Afterwards
+    the model has its own attention function back, which is faster and computes no probabilities.
     """
 
-    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
         shared = query.shape[1] // key.shape[1]  # query heads to each key and value head
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = query @ key.transpose(2, 3) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask

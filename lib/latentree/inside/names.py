@@ -19,15 +19,12 @@ class Names:
     """
 
     blocks: str = "model.layers"
-    embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
-    attention: str = "self_attn"
     o_proj: str = "self_attn.o_proj"
     projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    mlp: str = "mlp"
     input_norm: str | None = "input_layernorm"  # None: the attention reads the stream as it is
     attention_norm: str | None = None  # of what the attention adds to the stream
-    mlp_norm: str | None = None  # of what the MLP adds to it
+    mlp: str = "mlp"  # what writes what the MLP adds to it: the MLP, or a norm after it
     mlp_size: str = "intermediate_size"  # what the config calls the MLP's width
     config: dict = field(default_factory=dict)  # what the config needs beside the sizes
 
@@ -35,7 +32,7 @@ class Names:
 _NORMED_AFTERWARDS = Names(
     input_norm=None,
     attention_norm="post_attention_layernorm",
-    mlp_norm="post_feedforward_layernorm",
+    mlp="post_feedforward_layernorm",
 )
 NAMES = {
     "llama": Names(),
@@ -49,17 +46,13 @@ NAMES = {
     "olmo3": _NORMED_AFTERWARDS,
     "gpt_neox": Names(
         blocks="gpt_neox.layers",
-        embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
-        attention="attention",
         o_proj="attention.dense",
         projections=("attention.query_key_value",),
     ),
     "gpt2": Names(
         blocks="transformer.h",
-        embedding="transformer.wte",
         final_norm="transformer.ln_f",
-        attention="attn",
         o_proj="attn.c_proj",
         projections=("attn.c_attn",),
         input_norm="ln_1",
@@ -69,42 +62,38 @@ NAMES = {
 }
 
 
+def names_of(architecture: str) -> Names:
+    """The names in an architecture. ValueError for one that is unknown here."""
+    if architecture not in NAMES:
+        known = f"use one of {', '.join(NAMES)}, or add a line to NAMES"
+        raise ValueError(f"architecture = {architecture!r}: its parts have no names here; {known}")
+    return NAMES[architecture]
+
+
 class Internals:
     """A model's internal points by name.
 
-    `blocks` (the layers' modules), `embedding`, `unembedding`, `final_norm`; numbers `layers`,
-    `heads`, `head_dim` and `width`. `root` may be nnsight's view of `model`: the points are then
-    what a trace reads and sets. The methods that return weights need the model itself.
+    `blocks` (the layers' modules), `final_norm`, `unembedding`; numbers `layers`, `heads`,
+    `head_dim` and `width`. `root` may be nnsight's view of `model`: the points are then what a
+    trace reads and sets. The methods that return weights need the model itself.
     Raises ValueError if the architecture is unknown, or its attention has no such heads.
     """
 
     def __init__(self, model, root=None):
         self.config, root = model.config, model if root is None else root
-        architecture = self.config.model_type
-        if architecture not in NAMES:
-            raise ValueError(
-                f"architecture = {architecture!r}: its parts have no names here; use one of "
-                f"{', '.join(NAMES)}, or add a line to NAMES"
-            )
-        self.names = NAMES[architecture]
-        self.blocks, self.embedding = (
-            _part(root, self.names.blocks),
-            _part(root, self.names.embedding),
-        )
-        self.final_norm, self.unembedding = _part(root, self.names.final_norm), root.lm_head
+        self.names = names_of(self.config.model_type)
+        self.blocks, self.unembedding = _part(root, self.names.blocks), root.lm_head
+        self.final_norm = _part(root, self.names.final_norm)
         self.layers, self.heads = self.config.num_hidden_layers, self.config.num_attention_heads
         self.width = self.config.hidden_size
         self.head_dim = getattr(self.config, "head_dim", None) or self.width // self.heads
         first = _part(_part(model, self.names.blocks)[0], self.names.o_proj)
-        if weight(first).shape[1] != self.heads * self.head_dim:
+        read = weight(first).shape[1]
+        if read != self.heads * self.head_dim:
             raise ValueError(
-                f"o_proj: reads {weight(first).shape[1]} coordinates, which are not "
-                f"{self.heads} heads of {self.head_dim}; give a model that concatenates its heads"
+                f"o_proj: reads {read} coordinates, which are not {self.heads} heads of "
+                f"{self.head_dim}; give a model that concatenates its heads"
             )
-
-    def attention(self, layer: int):
-        """The attention of a layer."""
-        return _part(self.blocks[layer], self.names.attention)
 
     def o_proj(self, layer: int):
         """The projection that reads the heads' mixes of values, (..., heads * head_dim)."""
@@ -112,30 +101,24 @@ class Internals:
 
     def input_norm(self, layer: int):
         """The norm before the attention; None where it reads the stream as it is."""
-        return self._norm(layer, self.names.input_norm)
+        return _part(self.blocks[layer], self.names.input_norm)
 
     def output_norm(self, layer: int):
         """The norm of what the attention adds to the stream; None where there is none."""
-        return self._norm(layer, self.names.attention_norm)
-
-    def _norm(self, layer: int, path):
-        return None if path is None else _part(self.blocks[layer], path)
+        return _part(self.blocks[layer], self.names.attention_norm)
 
     def attention_written(self, layer: int):
         """The module whose output is what the attention of a layer adds to the stream."""
-        norm = self.output_norm(layer)
-        return self.o_proj(layer) if norm is None else norm
+        return _part(self.blocks[layer], self.names.attention_norm or self.names.o_proj)
 
     def mlp_written(self, layer: int):
         """The module whose output is what the MLP of a layer adds to the stream."""
-        return _part(self.blocks[layer], self.names.mlp_norm or self.names.mlp)
+        return _part(self.blocks[layer], self.names.mlp)
 
     def projectors(self, layer: int) -> dict:
         """The modules that project queries, keys and values, {q, k, v: module}; {} if one does."""
-        paths = self.names.projections
-        if len(paths) == 1:
-            return {}
-        return {point: _part(self.blocks[layer], path) for point, path in zip("qkv", paths)}
+        parts = [_part(self.blocks[layer], path) for path in self.names.projections]
+        return dict(zip("qkv", parts)) if len(parts) == 3 else {}
 
     def w_o(self, layer: int) -> torch.Tensor:
         """W_O of each head of a layer: (head, head_dim, width)."""
@@ -156,9 +139,9 @@ class Internals:
         return norm_gain(norm, added) * norm_scale(norm, total)
 
 
-def _part(root, path: str):
-    """What a dotted path leads to, in a module or in nnsight's view of it."""
-    return reduce(getattr, path.split("."), root)
+def _part(root, path: str | None):
+    """What a dotted path leads to, in a module or in nnsight's view of it; None for no path."""
+    return None if path is None else reduce(getattr, path.split("."), root)
 
 
 def weight(module) -> torch.Tensor:
@@ -167,10 +150,9 @@ def weight(module) -> torch.Tensor:
 
 
 def norm_gain(norm, vectors: torch.Tensor) -> torch.Tensor:
-    """The linear part of a norm on vectors (..., width).
+    """The linear part of a norm on vectors (..., width): all but its scale and its bias.
 
-    They are centred if it is a LayerNorm, and times its gain if it has one. The division by the
-    scale and the bias are left out. No norm (None) changes nothing.
+    They are centred if it is a LayerNorm, and times its gain if it has one; no norm changes none.
     """
     if norm is None:
         return vectors
@@ -189,7 +171,5 @@ def norm_scale(norm, vectors: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(vectors[..., :1])
     if "LayerNorm" in type(norm).__name__:
         vectors = vectors - vectors.mean(-1, keepdim=True)
-    epsilon = next(
-        (getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), 1e-5
-    )  # OLMo's own
+    epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-5))  # the last is OLMo's
     return (vectors.square().mean(-1, keepdim=True) + epsilon).rsqrt()

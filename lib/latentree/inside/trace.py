@@ -18,8 +18,7 @@ from nnsight import NNsight
 
 from latentree.inside.names import Internals
 
-_BY_LAYER = ("stream", "q", "k", "v", "z", "attention", "mlp")
-_BY_HEAD = ("q", "k", "v", "z")
+_BY_HEAD = {"q", "k", "v", "z"}
 _ONCE = ("normed", "logits", "cache")
 
 
@@ -35,14 +34,25 @@ def run(model, tokens, read=(), change=None, **inputs) -> dict:
     change = change or {}
     traced = NNsight(model)
     inside = Internals(model, traced)
-    _check_points(inside, read, change)
+    sites = _sites(inside)
+    by_layer = dict.fromkeys(point for point, *_ in sites)
+    known = (*by_layer, *_ONCE)
+    for point in read:
+        if point not in known:
+            raise ValueError(f"read = {point!r}: is no point of a run; use {', '.join(known)}")
+    for place in change:
+        if place not in [site[:2] for site in sites]:
+            raise ValueError(
+                f"change = {place}: give one of {', '.join(by_layer)} and a layer from 0 to "
+                f"{inside.layers - 1} (stream: to {inside.layers})"
+            )
     if "logits" not in read:
         inputs = {"logits_to_keep": 1} | inputs
     inputs = {"use_cache": "cache" in read} | inputs
     shape = (-1, inside.head_dim)
-    found = {point: [] for point in read if point in _BY_LAYER}
+    found = {point: [] for point in read if point in by_layer}
     with traced.trace(input_ids=tokens.to(model.device), **inputs):
-        for point, layer, module, side in _sites(inside):
+        for point, layer, module, side in sites:
             if (point, layer) in change:
                 written = getattr(module, side).clone()
                 if point in _BY_HEAD:
@@ -52,47 +62,30 @@ def run(model, tokens, read=(), change=None, **inputs) -> dict:
                 setattr(module, side, written)
             if point in found:
                 found[point].append(getattr(module, side))
-        found.save()
-        once = {}
         if "normed" in read:
-            once["normed"] = inside.final_norm.output
+            found["normed"] = inside.final_norm.output
         if "logits" in read:
-            once["logits"] = traced.output.logits
+            found["logits"] = traced.output.logits
         if "cache" in read:
-            once["cache"] = traced.output.past_key_values
-        once.save()
-    found = {point: torch.stack(written) for point, written in found.items()}
-    for point in set(found) & set(_BY_HEAD):
-        found[point] = found[point].unflatten(-1, shape)
-    return found | once
+            found["cache"] = traced.output.past_key_values
+        found.save()
+    for point in found.keys() - set(_ONCE):
+        found[point] = torch.stack(found[point])
+        if point in _BY_HEAD:
+            found[point] = found[point].unflatten(-1, shape)
+    return found
 
 
 def _sites(inside: Internals) -> list:
     """(point, layer, module, its input or output), in the order in which a run reaches them."""
     sites = []
     for layer in range(inside.layers):
-        sites.append(("stream", layer, inside.blocks[layer], "input"))
-        for point, module in inside.projectors(layer).items():
-            sites.append((point, layer, module, "output"))
+        projectors = inside.projectors(layer).items()
         sites += [
+            ("stream", layer, inside.blocks[layer], "input"),
+            *((point, layer, module, "output") for point, module in projectors),
             ("z", layer, inside.o_proj(layer), "input"),
             ("attention", layer, inside.attention_written(layer), "output"),
             ("mlp", layer, inside.mlp_written(layer), "output"),
         ]
     return [*sites, ("stream", inside.layers, inside.final_norm, "input")]
-
-
-def _check_points(inside: Internals, read, change) -> None:
-    apart = [] if inside.projectors(0) else ["q", "k", "v"]
-    by_layer = [point for point in _BY_LAYER if point not in apart]
-    known = (*by_layer, *_ONCE)
-    for point in read:
-        if point not in known:
-            raise ValueError(f"read = {point!r}: is no point of a run; use {', '.join(known)}")
-    for point, layer in change:
-        last = inside.layers if point == "stream" else inside.layers - 1
-        if point not in by_layer or not 0 <= layer <= last:
-            raise ValueError(
-                f"change = {(point, layer)}: give one of {', '.join(by_layer)} and a layer from "
-                f"0 to {last}"
-            )

@@ -6,8 +6,7 @@ move into FOLDER, in place of earlier ones, and run.json says what was run. Othe
 finished before stays as it was, and beside it NN_name.failed.ipynb shows how far this run came.
 What is trained lies in FOLDER/checkpoints and is kept in any case.
 
-Exit status: 0 done; 1 the run failed; 2 bad input, told before a kernel starts. Either is one line
-on standard error. `--folder-of PROFILE` prints the folder of a profile's outputs.
+Exit status: 0 done; 1 failed, or 2 bad input, before a kernel starts: one line on standard error.
 """
 
 import argparse
@@ -36,7 +35,6 @@ from latentree.run import record
 from latentree.run.parameters import check, declared
 
 _KINDS = "figures", "tables", "results"  # the folders of what a notebook writes
-_SECONDS_BETWEEN_BARS = 5
 # Nobody sees a widget here: progress bars are text, shown while they move and kept at their end.
 _TEXT_BARS = "import sys, tqdm\nsys.modules['tqdm.auto'] = tqdm.auto = tqdm\ndel sys, tqdm\n"
 
@@ -58,9 +56,10 @@ def run(notebook: Path, params: Path, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".run.lock", 20):
         record.read_record(folder)  # so that the end will have both, and room for what is written
-    for kind in filter(os.path.lexists, (folder / kind for kind in _KINDS)):
-        if not os.access(kind, os.W_OK | os.X_OK) or not kind.is_dir():
-            raise OSError(f"{kind}: is no folder to write in; give rights, or another --out")
+    for kind in _KINDS:
+        kept = folder / kind
+        if os.path.lexists(kept) and not (kept.is_dir() and os.access(kept, os.W_OK | os.X_OK)):
+            raise OSError(f"{kept}: is no folder to write in; give rights, or another --out")
     with locked(folder / f".{name}.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
         staging.mkdir()
@@ -150,7 +149,7 @@ class _Lines(TextIOBase):
 
     def write(self, text: str) -> None:
         if "\r" in text:
-            if time.monotonic() - self.last_bar < _SECONDS_BETWEEN_BARS:
+            if time.monotonic() - self.last_bar < 5:
                 return
             self.last_bar = time.monotonic()
             text = text.strip().split("\r")[-1]
@@ -195,9 +194,8 @@ def _small(picture: str) -> str:
 
 def _publish(staging: Path, folder: Path, number: str) -> None:
     """Move what a notebook has written into `folder`, in place of what an earlier run left."""
-    earlier, ready = set(), {}
-    for kind in _KINDS:
-        earlier |= set(folder.glob(f"{kind}/{number}[._]*"))
+    earlier = {file for kind in _KINDS for file in folder.glob(f"{kind}/{number}[._]*")}
+    ready = {}
     try:
         for file in filter(Path.is_file, sorted(staging.rglob("*"))):
             target = folder / file.relative_to(staging)
@@ -218,17 +216,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m latentree.run", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.add_argument("notebook", type=Path, nargs="?")
-    parser.add_argument("--params", type=Path, help="YAML file with parameters")
-    parser.add_argument("--out", type=Path, help="folder for the executed notebook and the rest")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--params", type=Path, required=True, help="YAML file with parameters")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all that it writes")
     parser.add_argument("--follow-parent", action="store_true", help="end with the parent process")
-    parser.add_argument("--folder-of", metavar="PROFILE")
     given = parser.parse_args(arguments)
-    if given.folder_of:
-        print(record.output_folder(given.folder_of))
-        return 0
-    if not (given.notebook and given.params and given.out):
-        parser.error("NOTEBOOK, --params and --out are all needed")
     logging.disable()  # one line of our own says what happened
     _open_what_is_closed()
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))

@@ -15,11 +15,10 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from latentree.data.files import read_yaml
-from latentree.run.record import output_folder, project_root
+from latentree.run.record import project_root
 from latentree.run.trainings import pool
 from latentree.series.checkpoints import CARD, IDENTITY, LocalSeries
 
-SEED = 0
 SHARES = (1 / 3, 1 / 9, 1 / 27)  # of a training on the main corpus: where checkpoints are kept, too
 FILES = (IDENTITY, CARD, "losses.csv", "held_out.csv")
 
@@ -31,7 +30,7 @@ def pack(run: Path, file: Path) -> None:
     """
     run = run.resolve()
     params = project_root() / "params" / run.name
-    jobs, _ = pool(params, run, "0[23]_*", seed=SEED)
+    jobs, _ = pool(params, run, "0[23]_*", seed=0)
     for folder in jobs:
         if not (folder / CARD).exists():
             raise ValueError(f"{folder}: is not finished; run `make run PROFILE={run.name}`")
@@ -41,14 +40,16 @@ def pack(run: Path, file: Path) -> None:
         for folder, (_, corpus, _) in jobs.items():
             steps = LocalSeries(folder).steps
             kept = {steps[-1]}
-            kept |= {steps[0]} if corpus.name in measured else set()
-            for share in SHARES if corpus.name == measured[0] else ():
-                kept.add(min(steps, key=lambda step: abs(step - share * steps[-1])))
+            if corpus.name in measured:
+                kept.add(steps[0])
+            if corpus.name == measured[0]:
+                for share in SHARES:
+                    kept.add(min(steps, key=lambda step: abs(step - share * steps[-1])))
             files = [folder / name for name in FILES]
             for step in sorted(kept):
                 files += sorted((folder / f"step-{step:08d}").iterdir())
             for path in files:
-                packed.write(path, output_folder(run.name) / path.relative_to(run))
+                packed.write(path, Path("outputs", run.name, path.relative_to(run)))
     os.replace(partial, file)
 
 

@@ -9,15 +9,12 @@ import nbformat
 import papermill
 from pydantic import BaseModel, ValidationError, create_model, model_validator
 
+from latentree.train.settings import TrainingConfig
+
 # The same name means the same in every notebook.
-_CHOICES = {
-    "optimizer": Literal["adamw", "muon"],
-    "packing": Literal["documents", "stream"],
-    "device": Literal["auto", "cpu", "cuda"],
-    "precision": Literal["float32", "bfloat16"],
-    "spacing": Literal["even", "log"],
-    "trackers": list[Literal["tensorboard", "wandb", "trackio"]],
-}
+_CHOICES = {"device": Literal["auto", "cpu", "cuda"], "spacing": Literal["even", "log"]}
+for _name in ("optimizer", "packing", "precision", "trackers"):
+    _CHOICES[_name] = TrainingConfig.model_fields[_name].annotation
 _MAY_BE_0 = {"mlp_width", "tokens_per_step"}
 _MAY_BE_EMPTY = {"named", "once", "replicas", "trackers"}
 
@@ -37,10 +34,9 @@ class Parameters(
                 raise ValueError(f"{name} = []: give at least one")
             if name.endswith(("seeds", "corpora")) and len(set(values)) < len(values):
                 raise ValueError(f"{name} = {value}: give each only once")
-            may_be_0 = name in _MAY_BE_0 or name.endswith(("seed", "seeds"))
-            if whole and min(whole) < (0 if may_be_0 else 1):
-                least = "0 or more" if may_be_0 else "greater than 0"
-                raise ValueError(f"{name} = {value}: must be {least}")
+            least = 0 if name in _MAY_BE_0 or name.endswith(("seed", "seeds")) else 1
+            if whole and min(whole) < least:
+                raise ValueError(f"{name} = {value}: must be {least} or more")
         return self
 
 

@@ -24,20 +24,14 @@ def project_root() -> Path:
     return next((at for at in (here, *here.parents) if (at / "params").is_dir()), checkout)
 
 
-def output_folder(profile: str) -> Path:
-    """The folder of a profile's outputs, relative to the project's root."""
-    return Path("outputs") / profile
-
-
 def version_of(profile: str) -> str:
     """The project's version, and 8 hex digits of the values of its files and all grammars."""
     folder = project_root() / "params"
     files = sorted((folder / profile).glob("*.yaml"))
     if not files:
-        known = sorted(
-            {file.parent.name for file in folder.glob("*/*.yaml")} - {"grammars", "series"}
-        )
-        mend = f"choose one of {', '.join(known)}" if known else "start in a clone of the project"
+        known = {file.parent.name for file in folder.glob("*/*.yaml")} - {"grammars", "series"}
+        mend = f"choose one of {', '.join(sorted(known))}"
+        mend = mend if known else "start in a clone of the project"
         raise ValueError(f"profile = {profile!r}: is not in {folder}; {mend}")
     files += sorted((folder / "grammars").glob("*.yaml"))
     values = {f"{file.parent.name}/{file.stem}": read_yaml(file) for file in files}
@@ -48,13 +42,13 @@ def describe(values: dict) -> dict:
     """All that is known before a run of its parameters, of this project and of this machine."""
     parameters = {name: value for name, value in values.items() if name != "out"}
     versions = {package: version(package) for package in _PACKAGES}
+    one_seed = [values[name] for name in ("seed", "corpus_seed") if name in values][:1]
     return {
         "version": version_of(values["profile"]),
         **_git_state(),
         "parameters": parameters,
         "parameters_sha256": _digest(parameters),
-        "seeds": values.get("seeds")
-        or [values[name] for name in ("seed", "corpus_seed") if name in values][:1],
+        "seeds": values.get("seeds") or one_seed,
         "versions": {"python": platform.python_version()} | versions,
         "device": _device(),
     }
@@ -105,9 +99,8 @@ def _told(*line) -> str | None:
 
 def _git_state() -> dict:
     """Commit, and whether files outside outputs/ differ from it; None where git does not say."""
-    commit = None
-    if (project_root() / ".git").exists():  # and not a repository that the project lies in
-        commit = _told("git", "rev-parse", "--verify", "HEAD")
+    here = (project_root() / ".git").exists()  # and not a repository that the project lies in
+    commit = _told("git", "rev-parse", "--verify", "HEAD") if here else None
     if commit is None:
         return {"commit": None, "dirty": None}
     changed = _told("git", "status", "--porcelain", "--", ".", ":(exclude)outputs")

@@ -49,10 +49,8 @@ def pool(params: Path, out: Path, notebook="*", corpus=None, seed=None) -> tuple
             if corpus in (None, text.name) and seed in (None, config.seed):
                 jobs[folder] = job
     if not jobs:
-        told = f"{params}/{notebook}.yaml, corpus = {corpus or 'any'}, seed = "
-        raise ValueError(
-            f"{told}{'any' if seed is None else seed}: no such training; choose others"
-        )
+        told = f"{params}/{notebook}.yaml, {corpus = }, {seed = }"
+        raise ValueError(f"{told}: no such training; choose others")
     asked = sorted(devices - {"auto"})
     if len(asked) > 1:
         raise ValueError(f"{params}: notebooks ask for device = {' and '.join(asked)}; give one")

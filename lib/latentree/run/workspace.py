@@ -12,7 +12,7 @@ from latentree.data.files import read_yaml, write_text
 from latentree.evidence import figures
 from latentree.evidence.claims import claims_table
 from latentree.run.parameters import check, declared
-from latentree.run.record import output_folder, project_root, version_of
+from latentree.run.record import project_root, version_of
 from latentree.series.checkpoints import CARD, LocalSeries, seed_folder
 from latentree.train.settings import TrainingConfig
 
@@ -33,30 +33,19 @@ class Workspace:
     started. ValueError for a parameter in the notebook that is not of its declared type.
     """
 
-    def __init__(
-        self,
-        notebook: str,
-        profile: str,
-        out: str,
-        checkpoints="",
-        grammars="params/grammars",
-    ):
+    def __init__(self, notebook, profile, out, checkpoints="", grammars="params/grammars"):
         self._root = project_root()
         self.notebook, self.profile = notebook, profile
-        self._check_parameters()
+        file = next(self._root.glob(f"notebooks/**/{notebook}.ipynb"), None)
+        if get_ipython() and file:  # what papermill -p, or a hand, has put into the first cell
+            fields, here = declared(file), get_ipython().user_ns
+            check({name: here[name] for name in fields.model_fields if name in here}, fields)
         self.out = self._path(out)
-        self.checkpoints = self._path(checkpoints or output_folder(profile) / "checkpoints")
+        self.checkpoints = self._path(checkpoints or f"outputs/{profile}/checkpoints")
         self.grammars = self._path(grammars)
         self._answered = None  # by finish(), once answer() has made room for it
         pd.set_option("display.max_colwidth", None)  # statements are read, not glanced at
         figures.set_style()
-
-    def _check_parameters(self) -> None:
-        """What papermill -p, or a hand, has put into the notebook's first cell."""
-        file = next(self._root.glob(f"notebooks/**/{self.notebook}.ipynb"), None)
-        if get_ipython() and file:
-            fields, here = declared(file), get_ipython().user_ns
-            check({name: here[name] for name in fields.model_fields if name in here}, fields)
 
     def _path(self, given) -> Path:
         return self._root / Path(given).expanduser()
@@ -96,8 +85,7 @@ class Workspace:
 
         Raises NotTrained if there is none, and ValueError if it was trained on another grammar.
         """
-        folder = self._run_folder(corpus.name, seed, variant)
-        series = LocalSeries(folder)
+        series = LocalSeries(self._run_folder(corpus.name, seed, variant))
         self.same_grammar(series, corpus)
         return series
 
@@ -116,10 +104,13 @@ class Workspace:
 
         Raises NotTrained if there is none with the first of them.
         """
-        found = {seeds[0]: self.series(corpus, seeds[0], variant)}
-        for seed in seeds[1:]:
-            if (self._folder_of(corpus.name, seed, variant) / CARD).exists():
+        found = {}
+        for seed in seeds:
+            try:
                 found[seed] = self.series(corpus, seed, variant)
+            except NotTrained:
+                if seed == seeds[0]:
+                    raise
         return found
 
     def save(self, shown, name: str) -> None:
@@ -163,8 +154,7 @@ class Workspace:
             "claims": [claim.as_dict() for claim in claims],
         }
         text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False)
-        number = Path(self.notebook).name[:2]
-        write_text(self._folder("results") / f"{number}.json", text + "\n")
+        write_text(self._folder("results") / f"{self.notebook[:2]}.json", text + "\n")
         return claims_table(claims)
 
     def _fill_answer(self, claim_of: dict) -> None:
@@ -175,16 +165,12 @@ class Workspace:
         if file.exists():
             picture.update(Image(file))
 
-    def _folder_of(self, name: str, seed: int, variant: str = "") -> Path:
-        return self.checkpoints / name / seed_folder(seed, variant)
-
     def _run_folder(self, name: str, seed: int, variant: str = "") -> Path:
-        folder = self._folder_of(name, seed, variant)
+        folder = self.checkpoints / name / seed_folder(seed, variant)
         if not (folder / CARD).exists():
             raise NotTrained(
-                f"{folder}: there is no trained model of {name}; run `make run "
-                f"PROFILE={self.profile}` or notebook 02 first, or give the folder of another run "
-                "as `checkpoints`"
+                f"{folder}: there is no trained model of {name}; run `make run PROFILE="
+                f"{self.profile}` or notebook 02, or give another run's folder as `checkpoints`"
             )
         return folder
 

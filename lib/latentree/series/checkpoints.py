@@ -15,7 +15,6 @@ from transformers.utils import logging
 IDENTITY = "training.json"  # what was trained on what: in the run's folder and in each checkpoint
 CARD = "run_card.json"  # written last: its presence says that the training is finished
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # computed, not trained
-_PARTIAL = ".partial-"  # begins the name of a folder that is still being written
 
 logging.disable_progress_bar()  # transformers draws one for every small file
 
@@ -37,7 +36,7 @@ def save_checkpoint(model, run: Path, step: int, tokenizer=None) -> None:
 
     With its `tokenizer` (words.tokenizer), other tools take the folder as it is.
     """
-    partial, folder = run / f"{_PARTIAL}step", run / f"step-{step:08d}"
+    partial, folder = run / ".partial-step", run / f"step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     model.save_pretrained(partial)
     shutil.copy(run / IDENTITY, partial)
@@ -57,37 +56,32 @@ def read_identity(folder: Path) -> dict:
         raise ValueError(f"{folder / IDENTITY}: is damaged: {error}; give another folder") from None
 
 
-def load_whole(folder: Path, device="cpu", dtype=torch.float32, **options):
-    """The model in `folder`, ready to be measured; `options` go to from_pretrained.
+def load_whole(folder: Path, device="cpu", dtype=torch.float32):
+    """The model in `folder`, ready to be measured.
 
     ValueError if the folder lacks some of its weights, which transformers would draw at random, has
     others than its config says, which it would leave out, or some that are whole numbers or not
-    finite.
-    PermissionError for a file that may not be read, which safetensors would call missing.
+    finite. PermissionError for a file that may not be read, which safetensors would call missing.
     """
     for file in Path(folder).iterdir():
         if file.is_file():
             file.open("rb").close()
         if file.suffix == ".safetensors":
             _check_numbers(file)
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told below
+    options = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # told below
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **options
         )
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{folder}: lacks the weights {missing[0]} (and {len(missing) - 1} more); "
-            "choose another checkpoint"
-        )
+        told = f"{missing[0]} (and {len(missing) - 1} more)"
+        raise ValueError(f"{folder}: lacks the weights {told}; choose another checkpoint")
     others = [key for key in report["unexpected_keys"] if not key.endswith(_BUFFERS)]
     others += [f"{key} {tuple(size)}" for key, size, _ in report["mismatched_keys"]]
     if others := sorted(others):
-        raise ValueError(
-            f"{folder}: has weights that its config does not say, {others[0]} (and "
-            f"{len(others) - 1} more); give the config that they were trained with"
-        )
+        told = f"{others[0]} (and {len(others) - 1} more); give the config of their training"
+        raise ValueError(f"{folder}: has weights that its config does not say, {told}")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"{folder}: has weights that are not finite; choose another checkpoint")
     return model.to(device).eval()
@@ -115,35 +109,32 @@ class LocalSeries:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.identity = read_identity(self.folder)
-        paths = sorted(self.folder.iterdir())  # glob would see nothing where it may not look
-        paths = [path for path in paths if re.fullmatch(r"step-\d{8}", path.name)]
-        self._folders = {int(path.name[5:]): path for path in paths}
-        if not self._folders:
+        self._folders = {}
+        for path in sorted(self.folder.iterdir()):  # glob sees nothing where it may not look
+            if re.fullmatch(r"step-\d{8}", path.name):
+                self._folders[int(path.name[5:])] = path
+                theirs = read_identity(path)
+                if theirs != self.identity:
+                    raise ValueError(
+                        f"{path}: is of another run, {theirs}, and not of this one, "
+                        f"{self.identity}; move it elsewhere"
+                    )
+        self.steps = list(self._folders)
+        if not self.steps:
             raise ValueError(f"{folder}: has no checkpoints yet; train there first")
-        for path in self._folders.values():
-            theirs = read_identity(path)
-            if theirs != self.identity:
-                raise ValueError(
-                    f"{path}: is of another run, {theirs}, and not of this one, {self.identity}; "
-                    "move it elsewhere"
-                )
-
-    @property
-    def steps(self) -> list[int]:
-        """The training steps that have a checkpoint, in order."""
-        return list(self._folders)
 
     def config(self):
         """The transformers config of its models."""
         return AutoConfig.from_pretrained(self._folders[self.steps[-1]], local_files_only=True)
 
-    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
-        """The model at `step`, ready to be measured; `options` go to from_pretrained."""
-        model = load_whole(self._folders[step], device, dtype, **options)
-        heads = self.identity.get("heads", model.config.num_attention_heads)
-        if heads != model.config.num_attention_heads:  # weights of either have the same sizes
+    def load(self, step: int, device="cpu", dtype=torch.float32):
+        """The model at `step`, ready to be measured."""
+        model = load_whole(self._folders[step], device, dtype)
+        said = model.config.num_attention_heads
+        heads = self.identity.get("heads", said)
+        if heads != said:  # weights of either have the same sizes
             raise ValueError(
-                f"{self._folders[step]}: its config says {model.config.num_attention_heads} heads, "
-                f"and it was trained with {heads}; restore its config.json"
+                f"{self._folders[step]}: its config says {said} heads, and it was trained with "
+                f"{heads}; restore its config.json"
             )
         return model

@@ -38,7 +38,6 @@ _MENDS = [  # what huggingface_hub raises, and what to do then
     (HfHubHTTPError, "look at its name, log in again by `hf auth login`, or try later"),
     (Exception, "look at the network, or set HF_HUB_OFFLINE=1 to read the cache alone"),
 ]
-_OF_THE_CACHE = "give a cache (HF_HUB_CACHE) that can be read and written, or free=False"
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def _asking(repository):
         reason = " ".join(str(error).split())
         mend = next(mend for kind, mend in _MENDS if isinstance(error, kind))
         if getattr(error, "errno", None):  # the file system's: rights, room, a read-only disk
-            mend = _OF_THE_CACHE
+            mend = "give a cache (HF_HUB_CACHE) that can be read and written, or free=False"
         raise ValueError(f"{repository}: {reason}; {mend}") from error
 
 
@@ -60,7 +59,9 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
     Such names are step1000-tokens4B, step-001000-2BT, checkpoint-100 or stage1-step-40000. Those of
     later stages are told of in a warning: steps of some begin anew. ValueError if there is none.
     """
+    where = ""
     if constants.HF_HUB_OFFLINE:
+        where = f"HF_HUB_OFFLINE: in {cache or constants.HF_HUB_CACHE} "
         names = [name for name, files in _cached(repository, cache).items() if _of_model(files)]
     else:
         with _asking(repository):
@@ -78,11 +79,8 @@ def revisions(repository: str, cache=None) -> dict[int, str]:
         warnings.warn(f"{told}; give {{step: revision}} to measure them", stacklevel=2)
     if not named:
         there = ", ".join(sorted(names)[:3]) or "there is none"
-        where = f"HF_HUB_OFFLINE: in {cache or constants.HF_HUB_CACHE} "
-        where = where if constants.HF_HUB_OFFLINE else ""
-        raise ValueError(
-            f"{repository}: {where}no revision names a training step ({there}); give them as named"
-        )
+        told = f"no revision names a training step ({there}); give them as named"
+        raise ValueError(f"{repository}: {where}{told}")
     return dict(sorted(named.items()))
 
 
@@ -150,19 +148,11 @@ def gaps(steps) -> str:
     return "; ".join(notes)
 
 
-def _beside(listed: list[int], chosen) -> list[int]:
-    """The steps listed just before or after a chosen one that are not chosen themselves."""
-    places = {listed.index(step) + by for step in chosen for by in (-1, 1)}
-    return [step for at, step in enumerate(listed) if at in places and step not in chosen]
-
-
 @dataclass(frozen=True)
 class _Revision:
-    """A revision, its commit, and {file: (bytes, hash)} of its model's files."""
-
     name: str
     commit: str
-    files: dict[str, tuple[int, str]]
+    files: dict[str, tuple[int, str]]  # of its model: {file: (bytes, hash)}
 
     @property
     def weights(self) -> set[str]:
@@ -198,21 +188,23 @@ class HubSeries:
         self._free = free and not constants.HF_HUB_OFFLINE
         self._loaded = None
         self._found = {step: self._look_up(name) for step, name in sorted(revisions.items())}
-        beside = _beside(sorted(among or revisions), revisions)
-        weights = [self._weights(among[step]) for step in beside]
-        weights += [found.weights for found in self._found.values()]
-        shared = Counter(file for files in weights for file in files)
+        listed, shared = sorted(among or revisions), Counter()
+        beside = {listed.index(step) + by for step in revisions for by in (-1, 1)}
+        for place, step in enumerate(listed):
+            if step in revisions:
+                shared.update(self._found[step].weights)
+            elif place in beside:
+                shared.update(self._weights(among[step]))
         last, final = max(self._found), self._weights("main")
-        contested = {
-            step: found.name
+        contested = [
+            step
             for step, found in self._found.items()
             if any(shared[file] > 1 for file in found.weights)
             or (step != last and found.weights & final)
-        }
+        ]
         if contested:
-            told = f"{repository}: {', '.join(contested.values())} share weights, and are left out"
-            warnings.warn(told, stacklevel=2)
-        self._found = {s: found for s, found in self._found.items() if s not in contested}
+            names = ", ".join(self._found.pop(step).name for step in contested)
+            warnings.warn(f"{repository}: {names} share weights, and are left out", stacklevel=2)
         if not self._found:
             raise ValueError(f"{repository}: all revisions share weights; choose others")
         self.steps = list(self._found)
@@ -297,8 +289,8 @@ class HubSeries:
             raise ValueError(f"{self.repository}: is a {config.model_type}; use one of {known}")
         return config
 
-    def load(self, step: int, device="cpu", dtype=torch.float32, **options):
-        """The model at `step`, ready to be measured; `options` go to from_pretrained."""
+    def load(self, step: int, device="cpu", dtype=torch.float32):
+        """The model at `step`, ready to be measured."""
         self.config(step)  # before its weights are fetched
         if self._free:
             self._remove_before(step)
@@ -312,7 +304,7 @@ class HubSeries:
             )
         if Path(folder).name != found.commit:
             raise ValueError(f"{self.repository}: {found.name} has moved; make the series again")
-        return load_whole(folder, device, dtype, **options)
+        return load_whole(folder, device, dtype)
 
     def _remove_before(self, step: int) -> None:
         """Remove from the cache the revision loaded before, and those of earlier steps."""

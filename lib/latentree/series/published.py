@@ -25,8 +25,7 @@ def packaged(package: str, cache) -> Path | None:
     folder, partial = Path(cache) / file.stem, Path(cache) / f".partial-{file.stem}"
     if not folder.exists():
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        where = {"gguf_file": file.name, "local_files_only": True}
-        source = file.parent
+        source, where = file.parent, {"gguf_file": file.name, "local_files_only": True}
         with redirect_stderr(StringIO()):  # a progress bar of every tensor
             quantised = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
         del quantised.config.quantization_config  # with which transformers would not save it

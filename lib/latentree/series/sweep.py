@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from latentree.data.files import write_text
 
 
-def sweep(series, measure, table, key=None, steps=None, device="cpu", **options) -> pd.DataFrame:
+def sweep(series, measure, table, key=None, steps=None, **options) -> pd.DataFrame:
     """Measure a series' checkpoints, one in memory at a time; write all rows to `table`.
 
-    `series` has `steps`, `identity` and `load(step, device=..., **options)`; `steps` chooses some.
+    `series` has `steps`, `identity` and `load(step, **options)`; `steps` chooses some.
     `measure(model)` returns a table, to which a first column `step` is added.
 
     Each measured checkpoint is kept as a file in the hidden folder .TABLE, so that a sweep that is
@@ -34,7 +34,7 @@ def sweep(series, measure, table, key=None, steps=None, device="cpu", **options)
     files = {step: parts / f"step-{step:08d}.csv" for step in steps}
     for step, file in tqdm(files.items(), desc=table.stem, unit=" checkpoints"):
         if not file.exists():
-            model = series.load(step, device=device, **options)
+            model = series.load(step, **options)
             rows = measure(model)
             rows.insert(0, "step", step)
             write_text(file, rows.to_csv(index=False))

@@ -19,8 +19,6 @@ from latentree.train.training import check_run, train
 _QUOTAS = "cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _THREADS = "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "SLURM_CPUS_PER_TASK", "NSLOTS", "PBS_NCPUS"
-# On a GPU so many at a time, if each has so many bytes: a small model leaves most of it idle.
-_ON_A_GPU, _SHARE_OF_GPU = 6, 16e9
 
 
 def plan(corpora, tokens, seeds, folder, held_out_sequences, variant="", **settings) -> dict:
@@ -45,8 +43,7 @@ def train_all(jobs: dict, device: str = "auto") -> None:
     on the number of cores: on a CPU as many at a time as there are cores to use, on a GPU up to
     six, one for each 16 GB. Where a launcher started several processes, they train together, one
     model after the other. All are checked before any starts, one that fails does not stop the
-    others, and what is finished is not repeated. ValueError as from `train`, of the first that
-    failed.
+    others, and what is finished is not repeated. ValueError of the first that failed.
     """
     for folder, (config, corpus, unseen) in jobs.items():
         check_run(config, corpus, unseen, folder)
@@ -69,9 +66,13 @@ def _side_by_side(jobs, device):
     done = context.Value("q", 0)
     total = sum(config.steps * config.step_tokens for config, _, _ in jobs.values())
     bar = Bar(desc=f"{len(jobs)} models", total=total)
-    workers = min(len(jobs), _at_a_time(device))
+    workers = usable_cores()
+    if device != "cpu" and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        workers = max(1, min(6, int(memory / 16e9)))  # a small model leaves most of a GPU idle
+    workers = min(len(jobs), workers)
     with ProcessPoolExecutor(workers, context, _begin, (done,)) as pool:
-        futures = [pool.submit(_train_one, *job, folder, device) for folder, job in jobs.items()]
+        futures = [pool.submit(train, *job, folder, device, _tell) for folder, job in jobs.items()]
         while wait(futures, timeout=2).not_done:
             bar.update(done.value - bar.n)
     bar.update(done.value - bar.n)
@@ -80,19 +81,11 @@ def _side_by_side(jobs, device):
         future.result()
 
 
-def _at_a_time(device) -> int:
-    """How many trainings are run at a time on a device."""
-    if device == "cpu" or not torch.cuda.is_available():
-        return usable_cores()
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return max(1, min(_ON_A_GPU, int(memory / _SHARE_OF_GPU)))
-
-
 def usable_cores() -> int:
     """How many cores this process may use.
 
-    Those that it is bound to, at most a container's quota of time, at most what a scheduler gives
-    to a task, at most OMP_NUM_THREADS (the first, if it is a list).
+    The least of those that it is bound to, a container's quota of time, what a scheduler gives to a
+    task, and OMP_NUM_THREADS (the first, if it is a list).
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for name in _THREADS:
@@ -110,10 +103,9 @@ def usable_cores() -> int:
 def _control_groups() -> set[Path]:
     """The folders of those that this process is in, and of all above them."""
     lines = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
-    paths = {""} | {line.split(":", 2)[2].strip("/") for line in lines}
-    own = {root / path for path in paths for root in (_GROUPS, _GROUPS / "cpu")}
-    above = {parent for group in own for parent in group.parents}
-    return own | {group for group in above if group.is_relative_to(_GROUPS)}
+    own = [Path("cpu"), *(Path(line.split(":", 2)[2].strip("/")) for line in lines)]
+    own += [Path("cpu") / path for path in own]
+    return {_GROUPS / group for path in own for group in (path, *path.parents)}
 
 
 # ---------------------------------------------------------------------- in a training process
@@ -137,7 +129,3 @@ def _follow_parent():
     """End as soon as the parent has ended, however: two processes must not train in one folder."""
     wait_for([multiprocessing.parent_process().sentinel])
     os._exit(1)
-
-
-def _train_one(config, corpus, unseen, folder, device):
-    train(config, corpus, unseen, folder, device, _tell)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from latentree.inside.names import NAMES
+from latentree.inside.names import names_of
 
 _SEEDING = Lock()  # torch has one random state for all threads
 
@@ -33,12 +33,9 @@ def build_model(
 
     The model takes tokens (batch, position) and returns logits (batch, position, vocabulary).
     """
-    if architecture not in NAMES:
-        known = ", ".join(NAMES)
-        raise ValueError(f"architecture = {architecture!r}: is not known; choose one of {known}")
+    names = names_of(architecture)
     if width % heads:  # some architectures would round the width of a head down
         raise ValueError(f"width = {width}: give a multiple of heads = {heads}")
-    names = NAMES[architecture]
     settings = {
         "vocab_size": vocabulary_size,
         "num_hidden_layers": layers,
@@ -58,11 +55,9 @@ def build_model(
     with _SEEDING, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of no MLP
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(architecture, **settings),
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-        )
+        shape = AutoConfig.for_model(architecture, **settings)
+        options = {"attn_implementation": "sdpa", "dtype": torch.float32}
+        return AutoModelForCausalLM.from_config(shape, **options)
 
 
 def next_token_losses(logits, tokens) -> torch.Tensor:

@@ -5,10 +5,6 @@ from collections import defaultdict
 
 import torch
 
-# Of the quintic Newton-Schulz iteration: K. Jordan, "Muon" (2024), as in torch.optim.Muon.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
-_ITERATIONS = 5
-
 
 def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
     """The optimizers of a `TrainingConfig`; each group keeps the rate it peaks at under "peak".
@@ -17,53 +13,37 @@ def build_optimizers(model, config) -> list[torch.optim.Optimizer]:
     them in one matrix with the values, that has Muon's common rate. Weight decay applies to
     matrices and embeddings, not to gains and biases.
     """
-    muon = hidden_matrices(model) if config.optimizer == "muon" else []
-    taken = {id(matrix) for matrix in muon}
-    rest = [p for p in _trained(model) if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    outside = {id(model.get_output_embeddings().weight)}
+    for part in model.modules():
+        if isinstance(part, torch.nn.Embedding):  # of tokens or of positions
+            outside.add(id(part.weight))
+    matrices, vectors, hidden, attending = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad and parameter.numel()):  # an MLP of width 0 is empty
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif config.optimizer != "muon" or parameter.ndim > 2 or id(parameter) in outside:
+            matrices.append(parameter)
+        elif name.endswith(("q_proj.weight", "k_proj.weight")):
+            attending.append(parameter)
+        else:
+            hidden.append(parameter)
+
+    decay, betas = config.weight_decay, (config.beta1, config.beta2)
+    groups = {"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}
     groups = [group for group in groups if group["params"]]
-    betas = (config.beta1, config.beta2)
     # One fused kernel for all parameters: a third of the time of the loop over them on a CPU.
-    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)]
-    if muon:
-        attending = {
-            id(matrix)
-            for name, matrix in model.named_parameters()
-            if name.endswith(("q_proj.weight", "k_proj.weight"))
-        }
-        groups = [
-            {"params": [p for p in muon if id(p) not in attending]},
-            {"params": [p for p in muon if id(p) in attending], "lr": config.query_key_rate},
-        ]
-        optimizers.append(
-            BatchedMuon(
-                [group for group in groups if group["params"]],
-                lr=config.muon_learning_rate,
-                momentum=config.muon_momentum,
-                weight_decay=config.weight_decay,
-            )
-        )
+    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas, fused=True)]
+    groups = {"params": hidden}, {"params": attending, "lr": config.query_key_rate}
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        rate, momentum = config.muon_learning_rate, config.muon_momentum
+        optimizers.append(BatchedMuon(groups, rate, weight_decay=decay, momentum=momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
-
-
-def hidden_matrices(model) -> list[torch.nn.Parameter]:
-    """The matrices between the embeddings (of tokens and of positions) and the unembedding."""
-    outside = {id(model.get_output_embeddings().weight)}
-    for part in model.modules():
-        if isinstance(part, torch.nn.Embedding):
-            outside.add(id(part.weight))
-    return [p for p in _trained(model) if p.ndim == 2 and id(p) not in outside]
-
-
-def _trained(model) -> list[torch.nn.Parameter]:
-    """The parameters that training changes; an MLP of width 0 has only empty ones."""
-    return [p for p in model.parameters() if p.requires_grad and p.numel()]
 
 
 def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -78,10 +58,13 @@ def rate_share(step: int, steps: int, warmup: float, decay: float) -> float:
 
 
 def _orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
-    """Each matrix (matrix, short side, long side) with its singular values brought near 1."""
-    a, b, c = _QUINTIC
+    """Each matrix (matrix, short side, long side) with its singular values brought near 1.
+
+    By the quintic Newton-Schulz iteration of K. Jordan, "Muon" (2024), as in torch.optim.Muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
@@ -101,20 +84,17 @@ class BatchedMuon(torch.optim.Muon):
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     batches[tuple(sorted(matrix.shape))].append(matrix)
+                    if "momentum_buffer" not in self.state[matrix]:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
             for matrices in batches.values():
                 self._update(matrices, group)
 
     def _update(self, matrices, group):
-        """Update `matrices`, of one shape up to transposition."""
-        for matrix in matrices:
-            if "momentum_buffer" not in self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        """Update `matrices`, of one shape up to transposition, with Nesterov's momentum."""
         gradients = [matrix.grad for matrix in matrices]
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = momenta
-        if group["nesterov"]:
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
         tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
         lying = [u.T if t else u for u, t in zip(updates, tall)]
         directions = _orthogonalised(torch.stack(lying))

@@ -21,9 +21,6 @@ class _Screen:
             sys.stderr.write(text)
             sys.stderr.flush()
 
-    def flush(self):
-        """Nothing: every write is shown at once."""
-
 
 class Bar(tqdm):
     """A bar of tokens. That it cannot be shown (a closed pipe, a full disk) never ends a run."""
@@ -48,12 +45,10 @@ def accelerator_of(config, device, folder) -> Accelerator:
     if device == "cuda" and not gpu:
         raise ValueError("device = 'cuda': torch sees no GPU here; give auto or cpu")
     # Accelerate remembers the first precision and device; a notebook trains several models.
-    alone = not launched()
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    precision = "bf16" if config.precision == "bfloat16" else "no"
+    AcceleratorState._reset_state(reset_partial_state=not launched())
     return Accelerator(
         cpu=device == "cpu" or not gpu,
-        mixed_precision=precision,
+        mixed_precision={"float32": "no", "bfloat16": "bf16"}[config.precision],
         log_with=config.trackers or None,
         project_dir=folder / "trackers",
     )
@@ -67,14 +62,14 @@ def launched() -> bool:
     warning, and so is ACCELERATE_...: how a model is trained, its TrainingConfig says alone.
     ValueError if a launcher's number of processes is none.
     """
-    at_work = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ)
+    at_work = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
     begins = "ACCELERATE_" if at_work else _LAUNCHERS
     left = [name for name in os.environ if name.startswith(tuple(begins.split()))]
     for name in left:
         del os.environ[name]
     if left:
         warnings.warn(f"ignored in the environment: {', '.join(left)}", stacklevel=2)
-    size = os.environ["WORLD_SIZE"] if at_work else "1"
+    size = os.environ.get("WORLD_SIZE", "1")
     if not size.isdecimal():
         raise ValueError(f"WORLD_SIZE = {size!r}: is no number of processes; unset it, or set it")
     if int(size) > 1:

@@ -1,7 +1,6 @@
 """The settings of a training, checked."""
 
 import math
-from importlib.util import find_spec
 from typing import Literal
 
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -55,14 +54,6 @@ class TrainingConfig(BaseModel, extra="forbid", frozen=True, strict=True, allow_
     def steps(self) -> int:
         """Optimizer steps in the whole training."""
         return math.ceil(self.tokens / self.step_tokens)
-
-    def check_trackers(self) -> None:
-        """ValueError for one of the trackers that is not installed."""
-        for name in self.trackers:
-            if find_spec(name) is None:
-                raise ValueError(
-                    f"trackers: {name} is not installed; `pip install {name}`, or leave it out"
-                )
 
     def sizes(self) -> dict:
         """The arguments of `build_model` that are settings here."""

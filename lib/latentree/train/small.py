@@ -17,8 +17,7 @@ def fit(model, draw, steps: int, rate: float = 0.01, look=None, every: int = 1, 
     """
     if steps < 1:
         raise ValueError(f"steps = {steps}: give at least 1")
-    rates = dict.fromkeys(["learning_rate", "muon_learning_rate", "query_key_rate"], rate)
-    config = TrainingConfig(**rates)
+    config = TrainingConfig(learning_rate=rate, muon_learning_rate=rate, query_key_rate=rate)
     optimizers, seen = build_optimizers(model, config), []
     for step in tqdm(range(steps), desc=name):
         if look and step % every == 0:
@@ -26,9 +25,9 @@ def fit(model, draw, steps: int, rate: float = 0.01, look=None, every: int = 1, 
         tokens = draw()
         model.zero_grad()
         next_token_losses(model(input_ids=tokens).logits, tokens).mean().backward()
+        share = rate_share(step, steps, config.warmup, config.decay)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                share = rate_share(step, steps, config.warmup, config.decay)
                 group["lr"] = group["peak"] * share
             optimizer.step()
     return [*seen, look()] if look else []

@@ -1,11 +1,11 @@
 """Training a small causal model on a corpus: one loop, exact resume, checkpoints, losses."""
 
-import hashlib
 import json
 import math
 import os
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -25,13 +25,13 @@ from latentree.series.checkpoints import (
     read_identity,
     save_checkpoint,
 )
+from latentree.series.sweep import digest
 from latentree.train.model import build_model, next_token_losses
 from latentree.train.optimizers import build_optimizers, rate_share
 from latentree.train.processes import Bar, accelerator_of, trackers_of
 from latentree.train.settings import TOLD_ONLY, TrainingConfig
 
 STATE = "state.pt"  # where an interrupted training goes on
-_LOG_ROWS = 500  # rows of losses.csv, about
 
 
 def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.DataFrame:
@@ -62,72 +62,65 @@ def train(config, corpus, held_out, folder, device="auto", tell=None) -> pd.Data
 
 def check_run(config, corpus, held_out, folder) -> dict:
     """The identity of a run: what is trained on what. ValueError if `folder` holds another run."""
-    if held_out.shape[1] != config.context:
-        raise ValueError(
-            f"held_out: has {held_out.shape[1]} tokens a sequence; give context = {config.context}"
-        )
-    config.check_trackers()
-    tokens = held_out.cpu().long().numpy().tobytes()
-    identity = {
-        "corpus": corpus.name,
-        "grammar": corpus.digest,
-        "held_out": hashlib.sha256(tokens).hexdigest()[:16],
-    }
+    length = held_out.shape[1]
+    if length != config.context:
+        raise ValueError(f"held_out: has {length} tokens a sequence; context is {config.context}")
+    for name in config.trackers:
+        if find_spec(name) is None:
+            mend = f"`pip install {name}`, or leave it out"
+            raise ValueError(f"trackers: {name} is not installed; {mend}")
+    identity = {"corpus": corpus.name, "grammar": corpus.digest, "held_out": digest(held_out)}
     identity |= {"corpus_seed": corpus.seed} if corpus.seed else {}  # 0 is not said
     identity |= config.model_dump(exclude=TOLD_ONLY)
     there = identity
     if (folder / IDENTITY).exists():  # of a setting that came later, a run has the default
         there = TrainingConfig().model_dump(exclude=TOLD_ONLY) | read_identity(folder)
-    different = [name for name in identity | there if there.get(name) != identity.get(name)]
-    if different:
-        raise ValueError(
-            f"{folder}: holds a training with other {', '.join(different)}; name a new folder"
-        )
+    other = [name for name in identity | there if there.get(name) != identity.get(name)]
+    if other:
+        told = ", ".join(other)
+        raise ValueError(f"{folder}: holds a training with other {told}; name a new folder")
     return identity
 
 
 def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     """The training itself, from the latest state in `folder` if there is one."""
-    rows, left = divmod(config.batch_sequences, accelerator.num_processes)
+    device, sequences = accelerator.device, config.batch_sequences
+    rows, left = divmod(sequences, accelerator.num_processes)
     if left:
         raise ValueError(
-            f"batch_sequences = {config.batch_sequences}: does not divide over "
-            f"{accelerator.num_processes} processes; give a multiple of them"
+            f"batch_sequences = {sequences}: does not divide over {accelerator.num_processes} "
+            "processes; give a multiple of them"
         )
-    device = accelerator.device
-    stream = Stream(
-        corpus,
-        rows,
-        config.context,
-        device,
-        config.packing,
-        first_row=rows * accelerator.process_index,
-        total_rows=config.batch_sequences,
-    )
-    model = build_model(
-        vocabulary_size=corpus.vocabulary_size, seed=config.seed, end=corpus.end, **config.sizes()
-    )
-    card = {"corpus": corpus.name, "parameters": model.num_parameters()}
+    first = rows * accelerator.process_index
+    stream = Stream(corpus, rows, config.context, device, config.packing, first, sequences)
+    words = {"vocabulary_size": corpus.vocabulary_size, "end": corpus.end}
+    model = build_model(**config.sizes(), **words, seed=config.seed)
+    parameters = model.num_parameters()
     noise = _resample_attention(model, config)
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
-    forward = _compiled(model, config) if config.compiled else model
+    forward = model
+    if config.compiled:
+        torch.compiler.reset()  # after some models in a process torch compiles no more
+        # On a GPU the many small kernels are started as one graph, whose gradients live only until
+        # it runs again: not where they are summed over parts.
+        mode = "reduce-overhead" if config.micro_batches == 1 else "default"
+        forward = torch.compile(model, mode=mode)
     held_out = held_out.to(device)
     run = SimpleNamespace(step=0, seconds=0.0, losses=[], held_out=[])
     _load_state(accelerator, folder, model, optimizers, stream, run)
 
     checkpoints = checkpoint_steps(config.steps, config.checkpoints_even, config.checkpoints_log)
-    log_every = max(1, config.steps // _LOG_ROWS)
+    log_every = max(1, config.steps // 500)  # losses.csv has about 500 rows
     window = []
     started, saved = time.monotonic() - run.seconds, time.monotonic()
+    total = config.steps * config.step_tokens
     if tell is None:
-        total = config.steps * config.step_tokens
         hidden = not accelerator.is_main_process
         tell = Bar(desc=corpus.name, total=total, disable=hidden).update
     tell(run.step * config.step_tokens)
-    if run.step == 0:
-        if accelerator.is_main_process:  # all that could have failed is made by now
-            folder.mkdir(exist_ok=True)
-            write_text(folder / IDENTITY, json.dumps(identity, indent=1))
+    if run.step == 0 and accelerator.is_main_process:  # all that could have failed is made by now
+        folder.mkdir(exist_ok=True)
+        write_text(folder / IDENTITY, json.dumps(identity, indent=1))
     if config.trackers:
         with trackers_of(accelerator):
             accelerator.init_trackers("latentree", identity)
@@ -174,12 +167,16 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
         for tracker in accelerator.trackers:
             tracker.finish()
     if accelerator.is_main_process:
-        card["tokens"] = config.steps * config.step_tokens
-        card["seconds"] = round(run.seconds, 1)
-        card["tokens_per_second"] = round(card["tokens"] / max(run.seconds, 1e-9))
-        card["device"] = str(accelerator.device)
-        card["processes"] = accelerator.num_processes
-        card["threads"] = torch.get_num_threads()
+        card = {
+            "corpus": corpus.name,
+            "parameters": parameters,
+            "tokens": total,
+            "seconds": round(run.seconds, 1),
+            "tokens_per_second": round(total / max(run.seconds, 1e-9)),
+            "device": str(device),
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        }
         write_text(folder / CARD, json.dumps(card, indent=1))
         (folder / STATE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
@@ -203,17 +200,6 @@ def _resample_attention(model, config) -> torch.Generator:
         for layer in range(inside.layers):
             inside.attention_written(layer).register_forward_hook(resample)
     return noise
-
-
-def _compiled(model, config):
-    """The model by torch.compile; on a GPU its many small kernels are started as one graph.
-
-    Gradients of a graph live only until it runs again: not where they are summed over parts. What
-    was compiled before is forgotten, for after some models in a process torch compiles no more.
-    """
-    torch.compiler.reset()
-    mode = "reduce-overhead" if config.micro_batches == 1 else "default"
-    return torch.compile(model, mode=mode)
 
 
 def _backward(accelerator, model, forward, parts):
