@@ -62,7 +62,7 @@ def slope(pairs) -> np.ndarray:
         return (x * y).sum(1) / (x * x).sum(1)
 
 
-def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -> np.ndarray:
+def repair_terms(model, stimulus, among=None, draws=3, by="attention") -> np.ndarray:
     """What replacing each layer's attention removes, and what later attentions give back.
 
     (layer, sequence, 4) in logits: removed, compensation, the compensation where as long a random
@@ -70,9 +70,11 @@ def repair_terms(model, stimulus, among="vocabulary", draws=3, by="attention") -
     the logit itself falls, after all later parts and the norm. With `by` "mlp" it is what MLPs give
     back: one that always takes half of what attention wrote would look like repair there (erasure,
     McGrath et al. 2023), so that repair is asked of attentions. An attention that erases passes,
-    too: look whether its own direct effect rises above 0.
+    too: look whether its own direct effect rises above 0. Logits are centred over `among`: by
+    default the words of the role, where the stimulus knows them (`peers`), else the vocabulary.
     """
-    runs = Ablations(model, stimulus, among=among)
+    known = "vocabulary" if stimulus.peers is None else "role"
+    runs = Ablations(model, stimulus, among=among or known)
     seeds = [stimulus.seed + 1000 * draw for draw in range(draws)]
     disturbed, terms = [runs.another("random", seed) for seed in seeds], []
     for layer in range(runs.inside.layers):
@@ -124,7 +126,7 @@ def cross_judged(terms, least: float, choose=np.nanargmax, share=given_back):
     return judged if len(judged) and t_interval(judged[:, 0])[1] > 0 else None
 
 
-def repairs(model, stimulus, among="vocabulary") -> pd.DataFrame:
+def repairs(model, stimulus) -> pd.DataFrame:
     """`repair_terms` of every attention layer as a table for sweep().
 
     Columns layer, quantity, value, low, high (95 % over sequences), n. Quantities removed,
@@ -132,7 +134,7 @@ def repairs(model, stimulus, among="vocabulary") -> pd.DataFrame:
     compensation on what was removed: by least squares, and Theil-Sen's, which outliers do not move.
     """
     rows = []
-    for layer, terms in enumerate(repair_terms(model, stimulus, among)):
+    for layer, terms in enumerate(repair_terms(model, stimulus)):
         found = dict(zip(("removed", "compensation", "random"), map(t_interval, terms.T)))
         if terms[:, 1].any():  # something comes later
             found["given back"] = bootstrap(terms, given_back, draws=500)
