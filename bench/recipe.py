@@ -69,6 +69,7 @@ ELSEWHERE = [
     *[("released-small", 0, seed, LONG | {"mlp_width": 0}) for seed in (0, 1, 2)],
     *[("released-small", 0, seed, LONGER) for seed in (0, 1, 2)],
     *[("released-small", 0, seed, LONGER | LARGER_STEPS) for seed in (0, 1, 2)],
+    ("released-small", 0, 0, LARGER_STEPS | {"tokens": 12_000_000}),
 ]
 
 
