@@ -1,4 +1,5 @@
-"""What the library's speed is compared with: nltk's sampling, a compiled loop, transformers' Trainer, the release's protocol.
+"""What the library's speed is compared with: nltk's sampling, a compiled loop, transformers' Trainer, the release's protocol,
+TransformerLens.
 
 The release's ways are written here from their description, as fast as they allow.
 """
@@ -8,14 +9,16 @@ import shutil
 import subprocess
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import nltk
 import numpy as np
 import torch
 from latentree.data.grammar import Grammar
+from latentree.data.words import tokenizer
 from latentree.inside.names import Internals
+from latentree.train.model import next_token_losses
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
@@ -172,3 +175,40 @@ def as_the_release_does(model, tokens, furthest: int) -> None:
                 )
                 model(input_ids=row[None], output_hidden_states=True)
                 hook.remove()
+
+
+class Lens:
+    """What TransformerLens 4 computes of one of our models, in the order and units of ours."""
+
+    def __init__(self, model, corpus):
+        from transformer_lens.model_bridge import TransformerBridge
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tokenizer(corpus.words, corpus.end).save_pretrained(folder)
+            self.model = TransformerBridge.boot_transformers(folder, device="cpu")
+        self.layers, self.heads = model.config.num_hidden_layers, model.config.num_attention_heads
+
+    @torch.no_grad()
+    def patterns(self, tokens):
+        """Attention (layer, batch, head, query, key)."""
+        names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(self.layers)]
+        _, cache = self.model.run_with_cache(tokens, names_filter=names)
+        return torch.stack([cache[name] for name in names])
+
+    @torch.no_grad()
+    def each_head(self, tokens):
+        """Rise of the mean loss (nats) without each head, one at a time, its z replaced by its mean."""
+        names = [f"blocks.{layer}.attn.hook_z" for layer in range(self.layers)]
+        logits, cache = self.model.run_with_cache(tokens, names_filter=names)
+        clean, found = next_token_losses(logits, tokens).mean(), []
+        for name, head in product(names, range(self.heads)):
+            mean = cache[name].mean((0, 1))
+
+            def switch_off(z, hook, mean=mean, head=head):
+                z[..., head, :] = mean[head]
+                return z
+
+            logits = self.model.run_with_hooks(tokens, fwd_hooks=[(name, switch_off)])
+            found.append(float(next_token_losses(logits, tokens).mean() - clean))
+        return found

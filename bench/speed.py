@@ -15,14 +15,17 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from baselines import as_the_release_does, compiled_loop, nltk_tokens, trainer_step
-from latentree.data.corpus import Stream, load_corpus
+from baselines import Lens, as_the_release_does, compiled_loop, nltk_tokens, trainer_step
+from latentree.data.corpus import Stream, held_out, load_corpus
 from latentree.data.files import read_yaml
+from latentree.inside.attention import patterns
 from latentree.measure import hydra
+from latentree.measure.ablation import each_head
 from latentree.measure.donors import stimulus
 from latentree.measure.induction import measure
 from latentree.measure.stimuli import stimuli
@@ -117,7 +120,7 @@ def training_step(settings, name, repeats):
             optimizer.zero_grad()
 
     whole, bare = seconds(step, repeats), seconds(runs, repeats)
-    drawing = seconds(lambda: [stream.next_batch() for _ in range(20)], 3) / 20
+    drawing = seconds(lambda: [stream.next_batch() for _ in range(400)], 3) / 400
     return whole, bare, drawing, flops_per_token(config, process.vocabulary_size)
 
 
@@ -167,6 +170,41 @@ def hydra_speed(settings, sequences=64, furthest=3):
         with counted(model) as passes:
             way()
         found.append((passes["runs"], passes["tokens"], seconds(way, repeats)))
+    return found
+
+
+def peers_speed(settings, sequences=32):
+    """Forward passes and seconds for the attention of all heads, and to switch off each: ours and TransformerLens's.
+
+    None if TransformerLens is not installed. ValueError if the two do not agree.
+    """
+    if find_spec("transformer_lens") is None:
+        return None
+    process, config = load_corpus("bound"), TrainingConfig(**settings)
+    model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes()).eval()
+    tokens = held_out(process, sequences, config.context)["tokens"]
+    lens, everywhere = Lens(model, process), {"all": torch.ones_like(tokens[:, 1:], dtype=bool)}
+
+    def ours():
+        return each_head(model, tokens, everywhere)["value"].tolist()
+
+    def theirs():
+        return lens.each_head(tokens)
+
+    apart = (patterns(model, tokens) - lens.patterns(tokens)).abs().max()
+    if apart > 1e-4 or not torch.allclose(*map(torch.tensor, (ours(), theirs())), atol=1e-4):
+        raise ValueError(f"TransformerLens and ours differ: attention by {apart:.1e}")
+    found = {}
+    for what, works in {
+        "attention of all heads": (lambda: patterns(model, tokens), lambda: lens.patterns(tokens)),
+        "each head switched off": (ours, theirs),
+    }.items():
+        for whose, work, counting in zip(
+            ("ours", "theirs"), works, (model, lens.model.original_model)
+        ):
+            with counted(counting) as passes:
+                work()
+            found[what, whose] = passes["runs"], seconds(work, 3)
     return found
 
 
@@ -240,6 +278,19 @@ def measuring_rows(settings, cores):
     )
 
 
+def peers_rows(settings, cores):
+    found, _ = alone(peers_speed, settings, threads=cores)
+    if found is None:
+        yield "TransformerLens", "not installed: `.venv/bin/pip install transformer-lens`"
+    for what in dict.fromkeys(what for what, _ in found or {}):
+        (own, fast), (other, slow) = (found[what, whose] for whose in ("ours", "theirs"))
+        yield (
+            f"{what}, 32 sequences, {cores} threads",
+            f"{own} forward passes, {1000 * fast:.0f} ms; TransformerLens {other}, {1000 * slow:.0f} ms "
+            f"(ours: {slow / fast:.2f} times as fast), the same numbers",
+        )
+
+
 def main():
     cores = os.cpu_count()
     laptop, paper = (
@@ -256,6 +307,7 @@ def main():
         *training_rows("laptop model", laptop, "bound", cores, 9, 14),
         *training_rows("paper's model, 4 sequences", paper, "released", cores, 2, 5),
         *measuring_rows(laptop, cores),
+        *peers_rows(laptop, cores),
     ]
     print(pd.DataFrame(rows, columns=["what", "median"]).to_markdown(index=False))
 

@@ -17,11 +17,12 @@ _WAYS = ("mean", "resample", "pattern")
 
 
 @torch.no_grad()
-def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
+def ablated_losses(model, tokens, heads, how, seed=0, rows=32, z=None) -> torch.Tensor:
     """Losses in nats of predicting each next token, (batch, position - 1), without `heads`.
 
     `heads` [(layer, head), ...] are ablated together in tokens (batch, position), `rows` sequences
-    at a time; with none of them, these are the clean losses. `how`:
+    at a time; with none of them, these are the clean losses. `z`, if it is known, is what
+    `clean_z` gives. `how`:
 
     - mean: a head's mix of values z is replaced by its mean over all sequences and positions.
     - resample: by its z for another sequence at the same position, drawn with `seed`.
@@ -33,7 +34,7 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
     if how not in _WAYS:
         raise ValueError(f"how = {how!r}: is no way to ablate; use one of {', '.join(_WAYS)}")
     tokens = tokens.to(model.device)
-    z = torch.cat([run(model, chunk, read=["z"])["z"] for chunk in tokens.split(rows)], 1)
+    z = clean_z(model, tokens, rows) if z is None else z
     if how == "resample":
         instead = z[:, _another(len(tokens), seed)]
     else:
@@ -59,16 +60,22 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32) -> torch.Tensor:
     return torch.cat(losses)
 
 
+def clean_z(model, tokens, rows=32) -> torch.Tensor:
+    """Mixes of values of all heads, (layer, batch, position, head, head_dim)."""
+    return torch.cat([run(model, chunk, read=["z"])["z"] for chunk in tokens.split(rows)], 1)
+
+
 def each_head(model, tokens, where: dict) -> pd.DataFrame:
     """What the loss rises by without each head, one at a time, its z replaced by its mean.
 
     `where` {name: (batch, position - 1), booleans} says at which predictions. Columns layer, head,
     where, value, low, high: nats a token, 95 % over sequences.
     """
-    clean, found = ablated_losses(model, tokens, [], "mean"), []
+    z = clean_z(model, tokens.to(model.device))
+    clean, found = ablated_losses(model, tokens, [], "mean", z=z), []
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     for layer, head in product(range(layers), range(heads)):
-        rise = ablated_losses(model, tokens, [(layer, head)], "mean") - clean
+        rise = ablated_losses(model, tokens, [(layer, head)], "mean", z=z) - clean
         for name, here in where.items():
             interval = ratio((rise * here).sum(1), here.sum(1))
             found.append([layer, head, name, *map(float, interval)])
