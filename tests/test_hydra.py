@@ -8,13 +8,19 @@ import torch
 from circuit_models import CONTEXT, VOCABULARY, repair_model
 from grammars import RECURSIVE, make
 from latentree.data.corpus import held_out
-from latentree.data.ngrams import Chain, HashedTables
+from latentree.data.ngrams import Chain, HashedTables, Successors
 from latentree.data.sampler import GrammarProcess
 from latentree.data.text import Text
 from latentree.evidence.figures import pick
 from latentree.inside.names import Internals, norm_gain, norm_scale, weight
 from latentree.inside.trace import run
-from latentree.measure.donors import Stimulus, _draw_donors, _syntactic_states, stimulus
+from latentree.measure.donors import (
+    Stimulus,
+    _draw_donors,
+    _syntactic_states,
+    at_answers,
+    stimulus,
+)
 from latentree.measure.hydra import (
     Ablations,
     cross_judged,
@@ -427,3 +433,17 @@ def test_biases_make_something_out_of_nothing():
     model = random_model("gpt2")
     clean, ablated = as_released(model, tokens, 1)
     assert ablated[0, 1].abs().min() > 1e-3
+
+
+def test_answers_stand_after_words_that_call_for_one():
+    def before(shown):
+        return shown.tokens[torch.arange(len(shown.at)), shown.at]
+
+    corpus = bound_corpus()
+    shown = at_answers(corpus, 32, 24)
+    noun = list(corpus.grammar.roles).index("noun")
+    assert (torch.as_tensor(corpus.grammar.role_of)[before(shown)] == noun).all()
+    bare = Successors("bare", words=32, choices=8, binding=0.9, length=32, callers=16)
+    shown = at_answers(bare, 32, 32)
+    assert (before(shown) < 16).all() and (shown.peers.sum(1) == 8).all()
+    assert shown.peers.gather(1, shown.target[:, None]).all()

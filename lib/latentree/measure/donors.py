@@ -48,8 +48,10 @@ def at_answers(corpus, sequences, context, seed=0, grammar=None) -> Stimulus:
     On text without a tree a logit's `peers` are the words that may follow the scored one.
     """
     grammar, where = grammar or corpus.grammar, None
-    if grammar is not None:
-        tokens = held_out(corpus, sequences, context)["tokens"]
+    tokens = held_out(corpus, sequences, context)["tokens"]
+    if corpus.kind == "treeless":
+        where = tokens < corpus.callers
+    elif grammar is not None:
         several = torch.as_tensor(grammar.sizes > 1)[torch.as_tensor(grammar.role_of)[tokens]]
         where = bound_queries(grammar, tokens)
         where = several.roll(-1, 1) if where is None else where
