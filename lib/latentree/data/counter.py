@@ -41,7 +41,7 @@ def happens(probability, key):
 
 
 class Laws:
-    """Distributions (n,) side by side, as integer cumulative limits; begins: where each one does."""
+    """Distributions (n,) side by side, as integer cumulative limits; begins: where each starts."""
 
     def __init__(self, laws):
         if len(laws) > MOST:
