@@ -43,8 +43,8 @@ def attention(model, see, weigh=partial(torch.softmax, dim=-1, dtype=torch.float
 
 @torch.no_grad()
 def patterns(model, tokens) -> torch.Tensor:
-    """Every head's attention (layer, batch, head, query, key) on tokens (batch, position)."""
+    """Every head's attention to tokens (batch, position): (layer, batch, head, query, key), CPU."""
     found = []
-    with attention(model, lambda layer, probabilities: found.append(probabilities)):
+    with attention(model, lambda layer, probabilities: found.append(probabilities.cpu())):
         model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=1)
     return torch.stack(found)

@@ -53,10 +53,10 @@ def ablated_losses(model, tokens, heads, how, seed=0, rows=32, z=None) -> torch.
             change["z", layer] = partial(replace, own=own, new=instead[layer, here])
         if how == "pattern":
             clean = patterns(model, chunk)
-            opened = attention(model, lambda layer, probabilities: clean[layer])
+            opened = attention(model, lambda layer, probabilities: clean[layer].to(probabilities))
         with opened:
             logits = run(model, chunk, ["logits"], change)["logits"]
-        losses.append(next_token_losses(logits, chunk))
+        losses.append(next_token_losses(logits, chunk).cpu())
     return torch.cat(losses)
 
 

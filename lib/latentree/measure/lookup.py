@@ -114,8 +114,8 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
     masks = torch.cat([masks, masks.roll(1, 0)], -1)  # and those of another sequence
 
     def paid_to(part, probabilities):
-        on = masks[part].float()
-        return torch.einsum("bhqk,bqkt->bqth", probabilities.float().cpu(), on).double()
+        on = masks[part].to(probabilities.device, torch.float32)
+        return torch.einsum("bhqk,bqkt->bqth", probabilities.float(), on).double()
 
     paid, losses = attended(model, look_ups.tokens, paid_to, rows)
     keys, heads = masks.sum(2), model.config.num_attention_heads

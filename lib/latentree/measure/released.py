@@ -20,10 +20,10 @@ def as_released(model, tokens, furthest: int = 2) -> tuple[torch.Tensor, torch.T
 
     def lens(change=None):
         stream = run(model, tokens, ("stream",), change)["stream"]
-        return (stream[1:, :, -1] * unembedded).sum(-1)
+        return (stream[1:, :, -1] * unembedded).sum(-1).cpu()
 
     clean = lens()
-    ablated = torch.full((furthest, *clean.shape), torch.nan, device=clean.device)
+    ablated = torch.full((furthest, *clean.shape), torch.nan)
     for block in range(layers - 1):
         found = lens({("stream", block + 1): torch.zeros_like})
         for m in range(1, min(furthest, layers - 1 - block) + 1):

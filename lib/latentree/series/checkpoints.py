@@ -56,8 +56,8 @@ def read_identity(folder: Path) -> dict:
         raise ValueError(f"{folder / IDENTITY}: is damaged: {error}; give another folder") from None
 
 
-def load_whole(folder: Path, device="cpu", dtype=torch.float32):
-    """The model in `folder`, ready to be measured.
+def load_whole(folder: Path, device="auto", dtype=torch.float32):
+    """The model in `folder`, ready to be measured: on `device`, or on a GPU if torch sees one.
 
     ValueError if the folder lacks some of its weights, which transformers would draw at random, has
     others than its config says, which it would leave out, or some that are whole numbers or not
@@ -84,6 +84,8 @@ def load_whole(folder: Path, device="cpu", dtype=torch.float32):
         raise ValueError(f"{folder}: has weights that its config does not say, {told}")
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise ValueError(f"{folder}: has weights that are not finite; choose another checkpoint")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 
 
@@ -127,7 +129,7 @@ class LocalSeries:
         """The transformers config of its models."""
         return AutoConfig.from_pretrained(self._folders[self.steps[-1]], local_files_only=True)
 
-    def load(self, step: int, device="cpu", dtype=torch.float32):
+    def load(self, step: int, device="auto", dtype=torch.float32):
         """The model at `step`, ready to be measured."""
         model = load_whole(self._folders[step], device, dtype)
         said = model.config.num_attention_heads

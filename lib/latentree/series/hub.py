@@ -289,7 +289,7 @@ class HubSeries:
             raise ValueError(f"{self.repository}: is a {config.model_type}; use one of {known}")
         return config
 
-    def load(self, step: int, device="cpu", dtype=torch.float32):
+    def load(self, step: int, device="auto", dtype=torch.float32):
         """The model at `step`, ready to be measured."""
         self.config(step)  # before its weights are fetched
         if self._free:

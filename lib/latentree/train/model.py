@@ -65,7 +65,7 @@ def next_token_losses(logits, tokens) -> torch.Tensor:
 
     `logits` are (batch, position, vocabulary), `tokens` (batch, position).
     """
-    targets = tokens[:, 1:]
+    targets = tokens[:, 1:].to(logits.device)
     predicted = logits[:, :-1].flatten(0, 1).float()
     return F.cross_entropy(predicted, targets.flatten(), reduction="none").view(targets.shape)
 
