@@ -40,8 +40,8 @@ def train_all(jobs: dict, device: str = "auto") -> None:
     """Train every job {folder: (TrainingConfig, corpus, held-out tokens)} as `training.train` does.
 
     The longest begin, each in a process of its own with one thread, so that weights do not depend
-    on the number of cores: as many at a time as there are cores to use, on a GPU no more than one
-    for each 8 GB of its memory. Where a launcher started several processes, they train together, one
+    on the number of cores: on a CPU as many at a time as there are cores to use, on a GPU up to
+    six, one for each 16 GB. Where a launcher started several processes, they train together, one
     model after the other. All are checked before any starts, one that fails does not stop the
     others, and what is finished is not repeated. ValueError of the first that failed.
     """
@@ -69,7 +69,7 @@ def _side_by_side(jobs, device):
     workers = usable_cores()
     if device != "cpu" and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        workers = max(1, min(workers, int(memory / 8e9)))  # a small model leaves a GPU mostly idle
+        workers = max(1, min(6, int(memory / 16e9)))  # a small model leaves most of a GPU idle
     workers = min(len(jobs), workers)
     with ProcessPoolExecutor(workers, context, _begin, (done,)) as pool:
         futures = [pool.submit(train, *job, folder, device, _tell) for folder, job in jobs.items()]
@@ -117,7 +117,6 @@ def _begin(done):
     global _done
     _done = done
     torch.set_num_threads(1)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the others compile, too
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 

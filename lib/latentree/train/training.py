@@ -98,10 +98,13 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     parameters = model.num_parameters()
     noise = _resample_attention(model, config)
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
+    forward = model
     if config.compiled:
         torch.compiler.reset()  # after some models in a process torch compiles no more
-        for block in Internals(accelerator.unwrap_model(model)).blocks:
-            block.compile()  # they are alike: what is compiled for one serves all
+        # On a GPU the many small kernels are started as one graph, whose gradients live only until
+        # it runs again: not where they are summed over parts.
+        mode = "reduce-overhead" if config.micro_batches == 1 else "default"
+        forward = torch.compile(model, mode=mode)
     held_out = held_out.to(device)
     run = SimpleNamespace(step=0, seconds=0.0, losses=[], held_out=[])
     _load_state(accelerator, folder, model, optimizers, stream, run)
@@ -131,7 +134,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
                 group["lr"] = group["peak"] * share
         noise.manual_seed((config.seed * 2**32 + run.step) % 2**63)
         parts = stream.next_batch().chunk(config.micro_batches)
-        loss = _backward(accelerator, model, parts)
+        loss = _backward(accelerator, model, forward, parts)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
@@ -199,16 +202,16 @@ def _resample_attention(model, config) -> torch.Generator:
     return noise
 
 
-def _backward(accelerator, model, parts):
+def _backward(accelerator, model, forward, parts):
     """Gradients of the mean loss over a step's `parts`, (rows, context) tokens each; the loss.
 
-    Processes meet at the last part.
+    Processes meet at the last part. `forward` is the `model`, or what torch.compile made of it.
     """
     total = 0
     for number, part in enumerate(parts, 1):
         with nullcontext() if number == len(parts) else accelerator.no_sync(model):
             share = len(part) / sum(map(len, parts))
-            logits = model(input_ids=part, use_cache=False).logits
+            logits = forward(input_ids=part, use_cache=False).logits
             loss = next_token_losses(logits, part).mean() * share
             accelerator.backward(loss)
         total = total + loss.detach()
@@ -219,8 +222,7 @@ def _record(run, config, accelerator, model, held_out, folder, corpus):
     """Evaluate the model on held-out tokens, save it as a checkpoint, and write both tables."""
     if accelerator.is_main_process:
         model = accelerator.unwrap_model(model)
-        with torch.compiler.set_stance("force_eager"):  # other sizes would be compiled again
-            losses = evaluate(model, held_out, config.batch_sequences)
+        losses = evaluate(model, held_out, config.batch_sequences)
         model.train()
         _check_finite(losses.sum().item(), run.step, folder)
         means, tokens = losses.mean(1), run.step * config.step_tokens
