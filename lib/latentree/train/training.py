@@ -96,7 +96,7 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     words = {"vocabulary_size": corpus.vocabulary_size, "end": corpus.end}
     model = build_model(**config.sizes(), **words, seed=config.seed)
     parameters = model.num_parameters()
-    noise = _resample_attention(model, config)
+    noise = _resample_attention(model, config, device)
     model, *optimizers = accelerator.prepare(model.train(), *build_optimizers(model, config))
     forward = model
     if config.compiled:
@@ -182,18 +182,18 @@ def _loop(config, corpus, held_out, folder, identity, accelerator, tell):
     accelerator.wait_for_everyone()
 
 
-def _resample_attention(model, config) -> torch.Generator:
+def _resample_attention(model, config, device) -> torch.Generator:
     """Let attentions give another sequence's output, or 0, at some places of the training.
 
     Later parts then learn to do without. Returns what draws the places.
     """
-    noise = torch.Generator()
+    noise = torch.Generator(device)
 
     def resample(module, inputs, output):
         if module.training:
-            chosen = torch.rand(output.shape[:2], generator=noise) < config.resampled_attention
+            drawn = torch.rand(output.shape[:2], generator=noise, device=output.device)
             instead = output.roll(1, 0) * (config.resampled_from == "another sequence")
-            return torch.where(chosen.to(output.device)[..., None], instead, output)
+            return torch.where(drawn[..., None] < config.resampled_attention, instead, output)
 
     if config.resampled_attention:
         inside = Internals(model)
