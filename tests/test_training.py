@@ -346,7 +346,7 @@ def test_resampled_attention_is_missing_at_its_share_of_places_in_training_only(
     model = build_model("llama", 11, 2, 16, 2, 16)
     written, module = [], model.model.layers[1].self_attn.o_proj
     module.register_forward_hook(lambda module, inputs, output: written.append(output))
-    training._resample_attention(model, TrainingConfig(**settings))
+    training._resample_attention(model, TrainingConfig(**settings), "cpu")
     module.register_forward_hook(lambda module, inputs, output: written.append(output))
     read = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
