@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from latentree.inside.products import use_onednn
+
 IDENTITY = "training.json"  # what was trained on what: in the run's folder and in each checkpoint
 CARD = "run_card.json"  # written last: its presence says that the training is finished
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")  # computed, not trained
@@ -86,7 +88,7 @@ def load_whole(folder: Path, device="auto", dtype=torch.float32):
         raise ValueError(f"{folder}: has weights that are not finite; choose another checkpoint")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return use_onednn(model).to(device).eval()
 
 
 def _check_numbers(file: Path) -> None:

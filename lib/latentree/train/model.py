@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from latentree.inside.names import names_of
+from latentree.inside.products import use_onednn
 
 _SEEDING = Lock()  # torch has one random state for all threads
 
@@ -57,7 +58,7 @@ def build_model(
         torch.manual_seed(seed)
         shape = AutoConfig.for_model(architecture, **settings)
         options = {"attn_implementation": "sdpa", "dtype": torch.float32}
-        return AutoModelForCausalLM.from_config(shape, **options)
+        return use_onednn(AutoModelForCausalLM.from_config(shape, **options))
 
 
 def next_token_losses(logits, tokens) -> torch.Tensor:
