@@ -24,6 +24,7 @@ from baselines import Lens, as_the_release_does, compiled_loop, nltk_tokens, tra
 from latentree.data.corpus import Stream, held_out, load_corpus
 from latentree.data.files import read_yaml
 from latentree.inside.attention import patterns
+from latentree.inside.products import use_onednn
 from latentree.measure import hydra
 from latentree.measure.ablation import each_head
 from latentree.measure.donors import stimulus
@@ -86,10 +87,13 @@ def loop_speed():
     return loop and len(loop()) / seconds(loop)
 
 
-def matrix_peak(size=1024):
-    """Floating-point operations per second of a large matrix product in float32."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 * 5 / seconds(lambda: [a @ b for _ in range(5)])
+def product_speed(rows=1024, inputs=1024, outputs=1024, onednn=True):
+    """Floating-point operations per second of a linear map in float32, as models have it or torch's own."""
+    linear = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False))
+    linear, x = use_onednn(linear) if onednn else linear, torch.randn(rows, inputs)
+    with torch.no_grad():
+        took = seconds(lambda: [linear(x) for _ in range(20)])
+    return 2 * rows * inputs * outputs * 20 / took
 
 
 def flops_per_token(config, vocabulary):
@@ -233,10 +237,20 @@ def told_beside(other, ours):
     return f"{other / 1e6:.2f} M tokens/s (ours: {ours / other:.2g} times)"
 
 
+def product_rows(settings):
+    sizes = settings["batch_sequences"] * settings["context"], settings["width"]
+    sizes = *sizes, settings["mlp_width"]
+    own, torchs = (alone(product_speed, *sizes, onednn)[0] for onednn in (True, False))
+    yield (
+        f"linear map of the laptop model, {' x '.join(map(str, sizes))}, one core",
+        f"{own / GIGA:.0f} GFLOP/s by oneDNN; {torchs / GIGA:.0f} as torch does it by itself",
+    )
+
+
 def training_rows(model, settings, name, cores, repeats, steps):
     tokens, own, peaks = settings["batch_sequences"] * settings["context"], {}, {}
     for threads in sorted({1, cores}):
-        peaks[threads], _ = alone(matrix_peak, threads=threads)
+        peaks[threads], _ = alone(product_speed, threads=threads)
         (own[threads], bare, drawing, flops), memory = alone(
             training_step, settings, name, repeats, threads=threads
         )
@@ -304,6 +318,7 @@ def main():
     paper |= {"batch_sequences": 4}  # of 64: a step of the whole batch takes half a minute on a CPU
     rows = [
         *corpus_rows(),
+        *product_rows(laptop),
         *training_rows("laptop model", laptop, "bound", cores, 9, 14),
         *training_rows("paper's model, 4 sequences", paper, "released", cores, 2, 5),
         *measuring_rows(laptop, cores),

@@ -6,7 +6,7 @@ from latentree.data.corpus import load_corpus
 from latentree.exact.parser import legal_sentences
 from latentree.train.model import build_model
 from latentree.train.settings import TrainingConfig
-from speed import SIZES, alone, flops_per_token, matrix_peak
+from speed import SIZES, alone, flops_per_token, product_speed
 
 torch.set_num_threads(1)
 
@@ -48,7 +48,7 @@ class _Table:
 
 
 def test_a_part_runs_alone_and_tells_its_memory():
-    flops, memory = alone(matrix_peak, 128)
+    flops, memory = alone(product_speed, 128)
     assert flops > 1e8 and 0.05 < memory < 4
 
 

@@ -22,7 +22,7 @@ def attention(model, see, weigh=partial(torch.softmax, dim=-1, dtype=torch.float
     def attend(module, query, key, value, attention_mask, scaling, **kwargs):
         shared = query.shape[1] // key.shape[1]  # query heads to each key and value head
         key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-        scores = query @ key.transpose(2, 3) * scaling
+        scores = (query * scaling) @ key.transpose(2, 3)
         if attention_mask is not None:
             scores = scores + attention_mask
         probabilities = weigh(scores).to(value.dtype)

@@ -68,9 +68,9 @@ def attended(model, tokens, paid, rows: int):
 
 def head_rows(intervals, heads: int, **columns) -> pd.DataFrame:
     """Rows (layer, head, value, low, high, ...) of intervals (3, head), heads of all layers."""
-    number = np.arange(intervals.shape[1])
-    place = {"variant": "head", "layer": number // heads, "head": number % heads}
-    return pd.DataFrame(intervals.T.numpy(), columns=_INTERVAL).assign(**place, **columns)
+    layer, head = np.divmod(np.arange(intervals.shape[1]), heads)
+    place = {"variant": "head", "layer": layer, "head": head}
+    return pd.DataFrame(dict(zip(_INTERVAL, intervals.numpy())) | place | columns)
 
 
 def best_row(table: pd.DataFrame, head: int, sums, counts) -> pd.DataFrame:

@@ -9,7 +9,7 @@ head needs that counts how frequent each word is.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import pandas as pd
 import torch
@@ -45,6 +45,16 @@ class LookUps:
     bag: torch.Tensor
     stands: torch.Tensor
     document: torch.Tensor
+
+    @cached_property
+    def targets(self) -> tuple:
+        """Match, decoy and bag, then those of another sequence, and how many keys each has.
+
+        (sequence, query, key, 6), booleans, and (sequence, query, 6).
+        """
+        own = torch.stack([self.match, self.decoy, self.bag], -1)
+        both = torch.cat([own, own.roll(1, 0)], -1)
+        return both, both.sum(2)
 
 
 def look_ups(corpus, sequences: int, context: int, grammar=None) -> LookUps:
@@ -110,16 +120,14 @@ def measure(model, look_ups: LookUps, rows: int = 32) -> pd.DataFrame:
 
     Every corpus has the kind `all` with the role bag; the rest is there if words are pairs.
     """
-    masks = torch.stack([look_ups.match, look_ups.decoy, look_ups.bag], -1)
-    masks = torch.cat([masks, masks.roll(1, 0)], -1)  # and those of another sequence
+    masks, keys = look_ups.targets
 
     def paid_to(part, probabilities):
         on = masks[part].to(probabilities.device, torch.float32)
         return torch.einsum("bhqk,bqkt->bqth", probabilities.float(), on).double()
 
     paid, losses = attended(model, look_ups.tokens, paid_to, rows)
-    keys, heads = masks.sum(2), model.config.num_attention_heads
-    losses = pad(losses, (0, 1))
+    losses, heads = pad(losses, (0, 1)), model.config.num_attention_heads
     kinds = {kind: look_ups.kind == number for number, kind in enumerate(look_ups.kinds)}
     if kinds:
         kinds["all"] = look_ups.kind >= 0
