@@ -7,7 +7,8 @@ def use_onednn(model):
     """Let oneDNN compute the linear maps of `model` while it is on a CPU; returns the model.
 
     torch asks MKL, which on processors of AMD is half as fast. The products are of float32 as
-    before, and round differently. Maps with a bias, and other numbers, are left to torch.
+    before, and round differently. Maps with a bias, and other numbers, are left to torch. Not for
+    torch.func, nor for batched gradients.
     """
     if torch.backends.mkldnn.is_available():
         for part in model.modules():
@@ -18,8 +19,9 @@ def use_onednn(model):
 
 class _Linear(torch.nn.Linear):
     def forward(self, x):
-        other = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or not x.numel()
-        if other or x.device.type != "cpu" or {x.dtype, self.weight.dtype} != {torch.float32}:
+        apart = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        fits = x.device.type == "cpu" and {x.dtype, self.weight.dtype} == {torch.float32}
+        if apart or not fits or x.dim() < 2 or not x.numel():
             return super().forward(x)
         return _Product.apply(x, self.weight)
 
