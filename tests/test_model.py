@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from latentree.inside.names import NAMES
+from latentree.series.checkpoints import load_whole
 from latentree.train.model import build_model, log_probabilities, next_token_losses
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ def test_a_model_is_causal_without_dropout_and_loads_as_it_was_saved(architectur
         model.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         torch.testing.assert_close(loaded(TOKENS).logits, before)  # by other products
+        assert torch.equal(load_whole(tmp_path, "cpu")(TOKENS).logits, before)
     assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before, after)
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], there) for name, there in model.state_dict().items())
