@@ -37,5 +37,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         a, b = ctx.saved_tensors
+        for_a, for_b = ctx.needs_input_grad
         rows = gradient.flatten(0, -2)
-        return _Product.apply(gradient, b.T), _Product.apply(rows.T, a.flatten(0, -2).T)
+        return (
+            _Product.apply(gradient, b.T) if for_a else None,
+            _Product.apply(rows.T, a.flatten(0, -2).T) if for_b else None,
+        )
