@@ -104,7 +104,7 @@ def flops_per_token(config, vocabulary):
 
 
 def training_step(settings, name, repeats):
-    """Seconds of a step, of its forward and backward runs alone, and of its batch from the stream; flops of a token."""
+    """Seconds of a step, of its optimizer alone, and of its batch from the stream; flops of a token."""
     config, process = TrainingConfig(tokens=10**9, **settings), load_corpus(name)
     model = build_model(vocabulary_size=process.vocabulary_size, **config.sizes())
     model, *optimizers = Accelerator(cpu=True).prepare(
@@ -113,19 +113,19 @@ def training_step(settings, name, repeats):
     stream = Stream(process, config.batch_sequences, config.context)
     batch = stream.next_batch()
 
-    def runs():
-        next_token_losses(model(input_ids=batch, use_cache=False).logits, batch).mean().backward()
-
-    def step():
-        runs()
+    def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
 
-    whole, bare = seconds(step, repeats), seconds(runs, repeats)
+    def step():
+        model.zero_grad()
+        next_token_losses(model(input_ids=batch, use_cache=False).logits, batch).mean().backward()
+        update()
+
+    whole, updating = seconds(step, repeats), seconds(update, repeats)
     drawing = seconds(lambda: [stream.next_batch() for _ in range(400)], 3) / 400
-    return whole, bare, drawing, flops_per_token(config, process.vocabulary_size)
+    return whole, updating, drawing, flops_per_token(config, process.vocabulary_size)
 
 
 def trainers_step(settings, name, steps):
@@ -251,7 +251,7 @@ def training_rows(model, settings, name, cores, repeats, steps):
     tokens, own, peaks = settings["batch_sequences"] * settings["context"], {}, {}
     for threads in sorted({1, cores}):
         peaks[threads], _ = alone(product_speed, threads=threads)
-        (own[threads], bare, drawing, flops), memory = alone(
+        (own[threads], updating, drawing, flops), memory = alone(
             training_step, settings, name, repeats, threads=threads
         )
         share = flops * tokens / own[threads] / peaks[threads]
@@ -262,8 +262,8 @@ def training_rows(model, settings, name, cores, repeats, steps):
         )
         yield (
             f"of that step, {threads} threads",
-            f"forward and backward {bare / own[threads]:.0%}, optimizer "
-            f"{1 - bare / own[threads]:.0%}; the corpus beside it {drawing / own[threads]:.2%}",
+            f"the optimizer {updating / own[threads]:.1%}; "
+            f"the corpus beside it {drawing / own[threads]:.2%}",
         )
     if cores > 1:
         yield f"{model}: {cores} threads over one", f"{own[1] / own[cores]:.2f} times"

@@ -42,6 +42,11 @@ class Segments(Corpus):
         token = {"tokens": torch.cat(rows), "document": document}
         return Documents({name: value.to(device) for name, value in token.items()}, len(rows))
 
+    def exact(self):
+        """Loss of the last query, of a reader of the last segment and of one of all: (2,)."""
+        parts = zip(*(self.drawn(number) for number in range(HELD_OUT, HELD_OUT + HELD)))
+        return losses(self.process, *map(torch.cat, parts), [0, SEGMENTS - 1]).mean(1)
+
 
 def main():
     """Train one model for each contrast and seed, and print the table."""
@@ -55,13 +60,13 @@ def main():
                 config = TrainingConfig(context=LENGTH, seed=seed)
                 jobs[Path(folder, f"{contrast:g}", str(seed))] = config, corpus, unseen
         train_all(jobs, "cpu")
+        exact = {contrast: corpus.exact().tolist() for contrast, corpus in corpora.items()}
         for place, (config, corpus, unseen) in jobs.items():
             series = LocalSeries(place)
-            last = evaluate(series.load(series.steps[-1]), unseen)[:, -1].mean()
-            parts = zip(*(corpus.drawn(number) for number in range(HELD_OUT, HELD_OUT + HELD)))
-            exact = losses(corpus.process, *map(torch.cat, parts), [0, SEGMENTS - 1]).mean(1)
-            row = [float(place.parent.name), config.seed, float(last), *exact.tolist()]
-            rows.append([*row, float((exact[0] - last) / (exact[0] - exact[1]))])
+            last = evaluate(series.load(series.steps[-1]), unseen)[:, -1].mean().item()
+            segment, text = exact[float(place.parent.name)]
+            gained = (segment - last) / (segment - text)
+            rows.append([place.parent.name, config.seed, last, segment, text, gained])
     columns = ["contrast", "seed", "model", "last segment", "all segments", "share"]
     print(pd.DataFrame(rows, columns=columns).round(4).to_markdown(index=False))
 

@@ -175,7 +175,7 @@ def in_words(papers, where: str = "", against: str = "", explained: str = "") ->
     if against == "as predicted":
         return "contradicted in part" if any(held) else "contradicted"
     if not tested:
-        return "not run"
+        return "not tested"
     part = "" if len(tested) == len(papers) else ", as far as tested"
     if all(held):
         less = ", but something simpler does as well" if explained == "as predicted" else ""
@@ -197,10 +197,10 @@ def _key(name: str) -> tuple:
 
 
 def _in_short(name: str, claims: pd.DataFrame) -> str:
-    """A claim's id, value and interval, its null unless it is 0, and how many seeds."""
+    """A claim's id, value and interval, its null unless it is 0, and how many seeds; or why it has none."""
     claim, (_, id) = claims.loc[_key(name)], _key(name)
     if pd.isna(claim.value):
-        return f"{id}: not tested"
+        return f"{id}: not tested ({claim.reason})"
     about = [f"null {claim.null:.2g}"] if abs(claim.null or 0) > 0 else []
     about += [f"{claim.n:.0f} {claim.over}"] if claim.over == "seeds" else []
     told = f" ({', '.join(about)})" if about else ""

@@ -122,7 +122,7 @@ def test_the_readme_shows_the_scorecard_and_its_pictures_are_there():
         (["absent", "contradicted"], {}, "not found with binding"),
         (["absent", "not tested"], {}, "not found with binding, as far as tested"),
         (["absent", "undecided"], {}, "undecided"),
-        (["not tested"], {}, "not run"),
+        (["not tested"], {}, "not tested"),
     ],
 )
 def test_a_row_of_the_scorecard_says_what_its_verdicts_say_together(papers, others, word):
