@@ -22,6 +22,7 @@ from latentree.measure.donors import (
     stimulus,
 )
 from latentree.measure.hydra import (
+    PARTS,
     Ablations,
     cross_judged,
     given_back,
@@ -198,21 +199,24 @@ def test_compensation_by_construction_is_read_as_what_it_is(later, share):
 
 
 def test_no_layer_is_judged_where_it_was_chosen():
-    """removed 1; given back .5 by layer 1 on one half, and .3 by layer 0 on the other."""
+    """Five layers lose 1 and give back 1, each on its own fifth of the sequences: a fake."""
     draw = np.random.default_rng(0)
-    terms = draw.normal(0, 0.05, (3, 80, 4))
-    terms[:2, :, 0] += 1
-    terms[1, ::2, 1] += 0.5
-    terms[0, 1::2, 1] += 0.3
+    terms = draw.normal(0, 0.05, (6, 80, 4))
+    part = np.arange(80) % PARTS
+    terms[:5, :, 0] += 1
+    for layer in range(5):
+        terms[layer, part == layer, 1] += 1
     found = cross_judged(terms, least=0.3)
-    assert found.tolist() == [*terms[1, 1::2].tolist(), *terms[0, ::2].tolist()]
-    assert given_back(found[None])[0] == pytest.approx(0, abs=0.05)  # a fake: each by one half only
-    terms[1, 1::2, 1] += 0.5
-    assert given_back(cross_judged(terms, least=0.3)[None])[0] == pytest.approx(0.5, abs=0.05)
-    assert cross_judged(terms[2:], least=0.3) is None  # nothing is removed
-    terms[:, :, 0] = draw.normal(0, 1, (3, 80))
-    terms[:, ::2, 0] += 1
-    terms[:, 1::2, 0] -= 1  # one half names a layer, and where it is judged nothing is removed
+    assert len(found) == 80
+    assert given_back(found[None])[0] == pytest.approx(0, abs=0.05)
+    terms[1, :, 1] += 0.5  # a repair everywhere
+    found = cross_judged(terms, least=0.3)
+    assert sorted(found.tolist()) == sorted(terms[1].tolist())
+    assert given_back(found[None])[0] == pytest.approx(0.7, abs=0.05)
+    assert cross_judged(terms[5:], least=0.3) is None  # nothing is removed
+    terms[:5, :, 0] -= 1
+    for layer in range(5):  # others name it, and where it is judged it removes nothing
+        terms[layer, :, 0] += np.where(part == layer, -3, 1)
     assert cross_judged(terms, least=0.3) is None
 
 

@@ -32,6 +32,7 @@ from latentree.inside.trace import run
 
 _WAYS = ("resample", "zero", "random")
 _POINTS = ("stream", "attention", "mlp", "normed")
+PARTS = 5  # of the sequences: each is judged where the others choose
 _PARTS = {"layer": ("attention", "mlp"), "attention": ("attention",), "mlp": ("mlp",)}
 
 
@@ -108,20 +109,20 @@ def reaching_the_logit(terms) -> np.ndarray:
 
 
 def cross_judged(terms, least: float, choose=np.nanargmax, share=given_back):
-    """`repair_terms` (sequence, 4), each half of the sequences at the layer the other half names.
+    """`repair_terms` (sequence, 4), each fifth of the sequences at the layer that the others name.
 
     So no layer is judged where it was chosen, and no sequence is lost. `choose` names the layer by
     its `share`, among those where more than `least` logits are removed (lower end of the mean's
-    95 %) and something comes later. None if neither half names one, or if nothing is surely removed
+    95 %) and something comes later. None if none is ever named, or if nothing is surely removed
     where they are judged: a share of nothing says nothing.
     """
-    judged = [terms[0, :0]]
-    for first in (0, 1):
-        half = terms[:, first::2]
-        enough = np.array([t_interval(one[:, 0])[1] > least and one[:, 1].any() for one in half])
+    judged, part = [terms[0, :0]], np.arange(terms.shape[1]) % PARTS
+    for own in range(PARTS):
+        others = terms[:, part != own]
+        enough = np.array([t_interval(one[:, 0])[1] > least and one[:, 1].any() for one in others])
         if enough.any():
-            layer = choose(np.where(enough, share(half), np.nan))
-            judged.append(terms[layer, 1 - first :: 2])
+            layer = choose(np.where(enough, share(others), np.nan))
+            judged.append(terms[layer, part == own])
     judged = np.concatenate(judged)
     return judged if len(judged) and t_interval(judged[:, 0])[1] > 0 else None
 
