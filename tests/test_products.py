@@ -17,7 +17,7 @@ def both(inputs, outputs, bias=False):
     return plain, use_onednn(torch.nn.Sequential(fast))[0]
 
 
-@pytest.mark.parametrize("shape", [(7, 64), (2, 3, 64), (64,), (0, 64), (2, 0, 64)])
+@pytest.mark.parametrize("shape", [(7, 64), (2, 3, 64), (1, 64), (64,), (0, 64), (2, 0, 64)])
 def test_values_and_gradients_are_those_of_torch(shape):
     torch.manual_seed(0)
     found = []
